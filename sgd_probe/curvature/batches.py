@@ -1,0 +1,92 @@
+"""Frozen clones of training batches: one set finds the modes, a disjoint one certifies them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CurvatureBatch:
+    """A training batch as the loop handed it over, with the seed of its random numbers.
+
+    Attributes:
+        content: a clone that nobody else holds.
+        index: the batch index that the training step is told.
+        samples: number of samples (length of the first tensor), the batch's weight.
+        seed: dropout and augmentation draw the same numbers at every evaluation of this batch.
+    """
+
+    content: Any
+    index: int
+    samples: int
+    seed: int
+
+    @classmethod
+    def freeze(cls, batch: Any, index: int, seed: int) -> CurvatureBatch:
+        return cls(clone(batch), index, count_samples(batch), seed)
+
+    def thaw(self) -> Any:
+        """A fresh clone: a training step may edit its batch in place."""
+        return clone(self.content)
+
+
+def clone(value: Any) -> Any:
+    """Copy nested data. Views copy their own elements only, not the storage that they look into."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(clone(item) for item in value))
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(clone(item) for item in value)
+    if type(value) is dict:
+        return {key: clone(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(twin, field.name, clone(getattr(value, field.name)))
+        return twin
+    return _clone_object(value)
+
+
+def _clone_object(value: Any) -> Any:
+    """Deep-copy anything else, with its tensors cloned by value rather than by storage."""
+    memo: dict[int, Any] = {}
+    for tensor in _tensors_of(value, depth=4):
+        memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # an object that refuses to be copied is passed on as it is
+        return value
+
+
+def _tensors_of(value: Any, depth: int) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if depth == 0:
+        return []
+    if isinstance(value, Mapping):
+        children = list(value.values())
+    elif isinstance(value, list | tuple):
+        children = list(value)
+    else:
+        children = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return [tensor for child in children for tensor in _tensors_of(child, depth - 1)]
+
+
+def count_samples(batch: Any) -> int:
+    """Length of the first tensor or array with a first dimension; 1 where there is none."""
+    for tensor in _tensors_of(batch, depth=4):
+        if tensor.ndim > 0:
+            return max(int(tensor.shape[0]), 1)
+    if isinstance(batch, np.ndarray) and batch.ndim > 0:
+        return max(int(batch.shape[0]), 1)
+    return 1

@@ -1,0 +1,239 @@
+"""The Hessian of a live training loss as a linear operator.
+
+The loss is evaluated on detached aliases of the weights, so that no hook on the user's parameters
+fires and no ``grad`` is written; the graph of the gradient is kept, so that each product costs one
+more backward pass through it and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.isolation import seed_all
+
+#: The training loss of a module on one batch; the third argument is the batch index.
+LossFunction: TypeAlias = Callable[[nn.Module, Any, int], Tensor]
+
+
+class CurvatureError(RuntimeError):
+    """The loss cannot be probed here and now; training is not concerned."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """Loss gradient of one batch with the graph that leads to it."""
+
+    aliases: list[Tensor]
+    gradient: list[Tensor]
+    weight: float
+
+
+class HessianOperator:
+    """Mean Hessian over curvature batches, weighted by their number of samples.
+
+    Call it inside :func:`sgd_probe.isolation.isolated`. ``close()`` (or leaving the ``with`` block)
+    frees the graphs.
+
+    Args:
+        module: the user's module.
+        loss: its training loss.
+        batches: the curvature batches, at least one.
+        space: the probed parameters.
+        retain_graph: keep every batch's graph (a product costs about 2 gradients) or rebuild it for
+            each product (about 3.2, and the memory of one graph).
+
+    Raises:
+        CurvatureError: the loss is not a finite scalar, or does not depend on the parameters.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: LossFunction,
+        batches: Sequence[CurvatureBatch],
+        space: ParameterSpace,
+        retain_graph: bool = True,
+    ) -> None:
+        if not batches:
+            raise ValueError("expected at least one curvature batch, found none")
+        self.space = space
+        self.batches = tuple(batches)
+        self.products = 0
+        self._caller = _Caller(module, loss)
+        self._retain = retain_graph
+        self._graphs: list[_Graph | None] = [None] * len(self.batches)
+        self._samples = sum(batch.samples for batch in self.batches)
+
+    def __enter__(self) -> HessianOperator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Length of the vectors it takes."""
+        return self.space.size
+
+    @property
+    def samples(self) -> int:
+        """Number of samples behind it."""
+        return self._samples
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._graphs = [None] * len(self.batches)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Hessian times vector.
+
+        Args:
+            vector: shape (size,), of the space's dtype and device.
+
+        Returns:
+            A new tensor of the same shape.
+
+        Raises:
+            CurvatureError: the product is not finite.
+        """
+        total = torch.zeros_like(vector)
+        for weight, product in self.matvec_per_batch(vector):
+            total.add_(product, alpha=weight)
+        if not bool(torch.isfinite(total).all()):
+            raise CurvatureError(
+                "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its "
+                "second derivative at these weights"
+            )
+        return total
+
+    def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
+        """Weight and product of every batch in turn; the weights add up to one."""
+        self.products += 1
+        pieces = self.space.split(vector)
+        for index in range(len(self.batches)):
+            graph = self._graph(index)
+            pairs = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g.requires_grad]
+            if pairs:
+                outputs, vectors = zip(*pairs, strict=True)
+                product = torch.autograd.grad(
+                    outputs, graph.aliases, vectors, retain_graph=self._retain, allow_unused=True
+                )
+                yield graph.weight, self.space.flatten(product)
+            else:  # a loss that is linear in the weights
+                yield graph.weight, torch.zeros_like(vector)
+
+    def gradients(self) -> Iterator[tuple[float, Tensor]]:
+        """Weight and flat gradient of every batch in turn."""
+        for index in range(len(self.batches)):
+            graph = self._graph(index)
+            yield graph.weight, self.space.flatten(graph.gradient)
+
+    def _graph(self, index: int) -> _Graph:
+        graph = self._graphs[index]
+        if graph is None:
+            graph = self._build(self.batches[index])
+            if self._retain:
+                self._graphs[index] = graph
+        return graph
+
+    def _build(self, batch: CurvatureBatch) -> _Graph:
+        aliases = [parameter.detach().requires_grad_() for parameter in self.space.parameters]
+        loss = self._caller.loss(self.space.names, aliases, batch)
+        gradient = torch.autograd.grad(
+            loss, aliases, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return _Graph(aliases, list(gradient), batch.samples / self._samples)
+
+
+class _Caller(nn.Module):
+    """Gives a training step the form of a forward pass, which is what functional_call can redirect."""
+
+    def __init__(self, module: nn.Module, loss: LossFunction) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+
+    def forward(self, batch: Any, index: int) -> Tensor:
+        return self._loss(self.module, batch, index)
+
+    def loss(self, names: Sequence[str], aliases: Sequence[Tensor], batch: CurvatureBatch) -> Tensor:
+        replaced = {f"module.{name}": alias for name, alias in zip(names, aliases, strict=True)}
+        # Buffers too: running statistics then change on clones.
+        replaced |= {f"module.{name}": b.detach().clone() for name, b in self.module.named_buffers()}
+        seed_all(batch.seed)
+        loss = functional_call(self, replaced, (batch.thaw(), batch.index))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
+        if not math.isfinite(float(loss.detach())):
+            raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
+        if not loss.requires_grad:
+            raise CurvatureError(
+                "expected a loss that depends on the probed parameters, found one that needs no gradient"
+            )
+        return loss.reshape(())
+
+
+def gradient_noise_trace(operator: HessianOperator) -> float:
+    """Trace of the minibatch gradients' covariance from the operator's own batches.
+
+    Returns:
+        Unbiased sum over all weights of the variance of a minibatch gradient at fixed weights
+        (squared gradient units); NaN for fewer than two batches.
+    """
+    count = len(operator.batches)
+    if count < 2:
+        return math.nan
+    mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.space.device)
+    squares = 0.0
+    for _, gradient in operator.gradients():
+        squares += float(gradient.double().square().sum())
+        mean.add_(gradient, alpha=1.0 / count)
+    return (squares - count * float(mean.double().square().sum())) / (count - 1)
+
+
+@dataclass(frozen=True)
+class GradientCost:
+    """What the gradient of one batch costs: seconds, and bytes of the graph that is kept for products."""
+
+    seconds: float
+    graph_bytes: int
+
+
+def measure_gradient(
+    module: nn.Module, loss: LossFunction, batch: CurvatureBatch, space: ParameterSpace
+) -> GradientCost:
+    """Build one batch's graph and see what it takes; also the first sign that the loss can be probed.
+
+    Call it inside :func:`sgd_probe.isolation.isolated`.
+
+    Raises:
+        CurvatureError: the loss cannot be probed.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    operator = HessianOperator(module, loss, [batch], space)
+    with operator, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        next(operator.gradients())
+    # The first call pays for lazy initialisation: time the second.
+    started = time.perf_counter()
+    with HessianOperator(module, loss, [batch], space) as operator:
+        next(operator.gradients())
+    return GradientCost(time.perf_counter() - started, sum(kept.values()))

@@ -1,0 +1,39 @@
+"""Is this operator a Hessian? Asked before the first Lanczos of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from sgd_probe.curvature.hessian import CurvatureError, HessianOperator
+from sgd_probe.curvature.linear_algebra import inner, norm, random_unit
+
+#: Largest tolerated ``|u.Hw - w.Hu|`` relative to ``||Hu|| + ||Hw||``, in units of sqrt(eps).
+SYMMETRY_TOLERANCE = 30.0
+
+
+def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str:
+    """Compare u.Hw with w.Hu for random u and w; two products.
+
+    Symmetry catches most second derivatives that are silently wrong, not all of them: a part of the
+    loss that was detached stays symmetric.
+
+    Returns:
+        One line for people.
+
+    Raises:
+        CurvatureError: the operator is not symmetric, so it is no Hessian.
+    """
+    space = operator.space
+    like = torch.empty(0, dtype=space.dtype, device=space.device)
+    u, w = (random_unit(operator.size, like, generator) for _ in range(2))
+    image_u, image_w = operator.matvec(u), operator.matvec(w)
+    scale = norm(image_u) + norm(image_w)
+    if scale == 0:
+        return "the Hessian vanishes on random vectors: a loss that is linear in the weights"
+    defect = abs(float(inner(u[None], image_w) - inner(w[None], image_u))) / scale
+    if defect > SYMMETRY_TOLERANCE * torch.finfo(space.dtype).eps ** 0.5:
+        raise CurvatureError(
+            f"expected a symmetric Hessian, found u.Hw and w.Hu {defect:.1e} apart: some part of the loss "
+            "has a wrong second derivative (a custom autograd function, perhaps)"
+        )
+    return f"symmetric to {defect:.0e}; not compared with finite differences"

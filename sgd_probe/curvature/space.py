@@ -1,0 +1,127 @@
+"""The space that the probe works in: chosen parameters, laid out as one flat vector."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+#: Globs on parameter names, a compiled pattern, or a rule on (name, parameter); None takes all.
+ParameterFilter: TypeAlias = (
+    "str | Sequence[str] | re.Pattern[str] | Callable[[str, nn.Parameter], bool] | None"
+)
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Named parameters and where each lies in the flat vector.
+
+    Attributes:
+        names: parameter names as the module spells them.
+        parameters: the live parameters, never written to.
+        slices: where each parameter lies in a vector of length :attr:`size`.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    slices: tuple[slice, ...]
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        chosen: ParameterFilter = None,
+        among: Iterable[nn.Parameter] | None = None,
+    ) -> ParameterSpace:
+        """Collect the trainable parameters of a module (tied ones once).
+
+        Args:
+            module: where names come from.
+            chosen: which of them; None takes all.
+            among: keep only these (those that an optimizer moves, say).
+
+        Raises:
+            ValueError: nothing is left, or the parameters differ in dtype or device.
+        """
+        allowed = None if among is None else {id(parameter) for parameter in among}
+        accept = _rule(chosen)
+        names: list[str] = []
+        parameters: list[nn.Parameter] = []
+        for name, parameter in module.named_parameters():
+            live = parameter.requires_grad and (allowed is None or id(parameter) in allowed)
+            if live and accept(name, parameter):
+                names.append(name)
+                parameters.append(parameter)
+        if not parameters:
+            what = (
+                "no trainable parameter"
+                if chosen is None
+                else f"no trainable parameter that matches {chosen!r}"
+            )
+            raise ValueError(f"expected parameters to probe, found {what}: check requires_grad and `params`")
+        kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"expected parameters of one dtype on one device, found {', '.join(kinds)}: "
+                "choose a part of the model with `params`"
+            )
+        offsets = [0]
+        for parameter in parameters:
+            offsets.append(offsets[-1] + parameter.numel())
+        slices = tuple(slice(a, b) for a, b in itertools.pairwise(offsets))
+        return cls(tuple(names), tuple(parameters), slices)
+
+    @property
+    def size(self) -> int:
+        """Number of weights in the space."""
+        return int(self.slices[-1].stop)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """View a flat vector of shape (size,) as one tensor per parameter, in its shape."""
+        return [
+            vector[where].view(parameter.shape)
+            for where, parameter in zip(self.slices, self.parameters, strict=True)
+        ]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Lay one tensor per parameter out as a flat vector of shape (size,); None reads as zeros."""
+        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for where, tensor in zip(self.slices, tensors, strict=True):
+            if tensor is not None:
+                flat[where] = tensor.detach().reshape(-1)
+        return flat
+
+    def layer_shares(self, vector: Tensor, most: int = 8) -> Mapping[str, float]:
+        """Share of each parameter in the squared length of a vector, the largest ``most`` of them."""
+        squares = {
+            name: float(vector[where].double().square().sum())
+            for name, where in zip(self.names, self.slices, strict=True)
+        }
+        total = sum(squares.values()) or 1.0
+        largest = sorted(squares, key=squares.__getitem__, reverse=True)[:most]
+        return {name: squares[name] / total for name in largest}
+
+
+def _rule(chosen: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:
+    if chosen is None:
+        return lambda name, parameter: True
+    if isinstance(chosen, re.Pattern):
+        return lambda name, parameter: chosen.search(name) is not None
+    if callable(chosen):
+        return chosen
+    globs = [chosen] if isinstance(chosen, str) else list(chosen)
+    return lambda name, parameter: any(fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,108 @@
+"""Every knob of the probe, its unit, its default and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+#: What the loader does; "auto" reads it off the live loader.
+SamplingChoice = Literal["auto", "with_replacement", "without_replacement"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """All knobs. Those that are changed often are arguments of the callback too.
+
+    Attributes:
+        top: eigenvectors of largest |eigenvalue|.
+        flat: near-flat directions.
+        window: length of a window in optimizer steps, or "auto": as long as the stiff modes need to
+            show 20 relaxation times, as short as the flat ones need to stay flat.
+        max_overhead: the probe's share of the training's wall time, in (0, 1).
+        every_n_steps: open a window every so many optimizer steps, whatever it costs; None keeps
+            to ``max_overhead``. It makes a run reproducible.
+        grace_seconds: a run too short for its budget still gets one window, if that takes no longer.
+        curvature_batches: training batches in each of the two curvature sets, or "auto".
+        tolerance: residual bound of the top modes relative to |lambda_1|. 1e-2 gives eigenvalues to
+            1e-4 of lambda_1, far below their sampling error.
+        flat_dimension: Hessian-vector products spent on each flat direction.
+        min_noise_share: a mode with less of a random direction's noise than this is "no noise":
+            unused weights look perfectly flat.
+        sampling: how the loader draws; set it where "auto" cannot know.
+        seed: of the probe's own random vectors.
+        max_graph_bytes: keep the graphs of all curvature batches up to this size, beyond it rebuild
+            them for every product; "auto" takes half of the free memory.
+        max_vector_bytes: directions of a window are stored in the run folder up to this size.
+        save_vectors: store them at all.
+
+    Raises:
+        ValueError: a knob is out of range; the message names it, the value and the range.
+    """
+
+    top: int = 10
+    flat: int = 4
+    window: int | Literal["auto"] = "auto"
+    max_overhead: float = 0.05
+    every_n_steps: int | None = None
+    grace_seconds: float = 5.0
+    curvature_batches: int | Literal["auto"] = "auto"
+    tolerance: float = 1e-2
+    flat_dimension: int = 10
+    min_noise_share: float = 1e-3
+    sampling: SamplingChoice = "auto"
+    seed: int = 0
+    max_graph_bytes: int | Literal["auto"] = "auto"
+    max_vector_bytes: int = 64 * 2**20
+    save_vectors: bool = True
+
+    def __post_init__(self) -> None:
+        for name, check, wanted in _RULES:
+            value = getattr(self, name)
+            if not check(value):
+                raise ValueError(f"expected `{name}` to be {wanted}, found {value!r}")
+        period = self.every_n_steps
+        if period is not None and isinstance(self.window, int) and period < self.window:
+            raise ValueError(
+                "expected `every_n_steps` to be at least `window`, found "
+                f"every_n_steps={period} and window={self.window}: windows do not overlap"
+            )
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _or(choice: object, check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (value is None if choice is None else value == choice) or check(value)
+
+
+#: Shortest window that the verdict's rule takes.
+MIN_WINDOW = 50
+
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("top", _integer(1), "an integer of at least 1"),
+    ("flat", _integer(0), "an integer of at least 0"),
+    ("window", _or("auto", _integer(MIN_WINDOW)), f'"auto" or an integer of at least {MIN_WINDOW}'),
+    ("max_overhead", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
+    ("every_n_steps", _or(None, _integer(1)), "None or an integer of at least 1"),
+    ("grace_seconds", lambda v: _number(v) and v >= 0, "a number of seconds, at least 0"),
+    ("curvature_batches", _or("auto", _integer(1)), '"auto" or an integer of at least 1'),
+    ("tolerance", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
+    ("flat_dimension", _integer(2), "an integer of at least 2"),
+    ("min_noise_share", lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    (
+        "sampling",
+        lambda v: v in ("auto", "with_replacement", "without_replacement"),
+        '"auto", "with_replacement" or "without_replacement"',
+    ),
+    ("seed", _integer(0), "an integer of at least 0"),
+    ("max_graph_bytes", _or("auto", _integer(0)), '"auto" or a number of bytes'),
+    ("max_vector_bytes", _integer(0), "a number of bytes"),
+    ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
+)

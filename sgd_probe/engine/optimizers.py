@@ -1,0 +1,100 @@
+"""What a live optimizer does to the gradient: rates, momentum, decay; and whether the theory covers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgd_probe.theory.closed_forms import SGDDynamics
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The optimizer as it stands at one step.
+
+    Attributes:
+        name: class name.
+        learning_rate: of the groups that hold probed parameters (the first one's, if they differ).
+        momentum: heavy ball's mu (0 for an optimizer that the theory does not cover).
+        dampening: PyTorch's dampening.
+        decays: coupled weight decay of every probed parameter.
+        withheld: why the theory does not cover it; "" where it does.
+    """
+
+    name: str
+    learning_rate: float
+    momentum: float
+    dampening: float
+    decays: tuple[float, ...]
+    withheld: str
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """Displacement per unit of constant gradient and step."""
+        if not self.learning_rate > 0:
+            return 0.0
+        return self.dynamics().effective_learning_rate
+
+    def dynamics(self, learning_rate: float | None = None) -> SGDDynamics:
+        """The linear dynamics of one mode, at this or another nominal learning rate."""
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return SGDDynamics(rate, self.momentum, self.dampening)
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.withheld:
+            return f"{self.name}: {self.withheld}"
+        parts = [f"learning rate {self.learning_rate:g}"]
+        if self.momentum:
+            parts.append(f"momentum {self.momentum:g}")
+        if self.dampening:
+            parts.append(f"dampening {self.dampening:g}")
+        decays = sorted(set(self.decays))
+        if any(decays):
+            parts.append("weight decay " + "/".join(f"{decay:g}" for decay in decays))
+        return f"{self.name}, {', '.join(parts)}"
+
+
+def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> OptimizerState:
+    """Read the live parameter groups; call it at every step, schedules change them.
+
+    Args:
+        optimizer: a torch optimizer.
+        parameters: the probed parameters, all of which it moves.
+    """
+    name = type(optimizer).__name__
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = [group_of[id(parameter)] for parameter in parameters]
+    rate = float(groups[0]["lr"])
+    if not isinstance(optimizer, torch.optim.SGD):
+        why = "its steps are not proportional to the gradient, so plain Hessian modes do not move alone"
+        return OptimizerState(name, rate, 0.0, 0.0, (0.0,) * len(groups), why)
+    settings = {
+        (
+            float(g["lr"]),
+            float(g["momentum"]),
+            float(g["dampening"]),
+            bool(g["nesterov"]),
+            bool(g["maximize"]),
+        )
+        for g in groups
+    }
+    rate, momentum, dampening, nesterov, maximize = (
+        float(groups[0]["lr"]),
+        float(groups[0]["momentum"]),
+        float(groups[0]["dampening"]),
+        bool(groups[0]["nesterov"]),
+        bool(groups[0]["maximize"]),
+    )
+    withheld = ""
+    if len(settings) > 1:
+        withheld = "parameter groups differ in learning rate or momentum, so Hessian modes do not move alone"
+    elif nesterov:
+        withheld = "Nesterov momentum is not covered yet"
+    elif maximize:
+        withheld = "it maximises the loss"
+    decays = tuple(float(group["weight_decay"]) for group in groups)
+    return OptimizerState(name, rate, momentum, dampening if momentum else 0.0, decays, withheld)

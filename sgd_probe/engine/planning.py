@@ -1,0 +1,155 @@
+"""When to open a window, for how long, and with how many batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
+from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
+
+#: What one window costs in gradients, per curvature batch: products for the top modes and the flat
+#: ones on the finding set and one per mode on the certifying set, at two gradients a product.
+LANCZOS_PRODUCTS = 35
+#: Windows that a run should have, where its budget allows.
+WINDOWS_WANTED = 10
+#: Bounds on the samples of a curvature set.
+MIN_SAMPLES, MAX_SAMPLES = 128, 2_048
+#: A curvature set of many tiny batches costs more in calls than in arithmetic.
+MAX_BATCHES = 32
+#: Longest window that "auto" chooses, in optimizer steps.
+MAX_WINDOW = 2_000
+#: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
+MARGIN = 1.25
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Length of a window in optimizer steps, and why."""
+
+    steps: int
+    reason: str
+
+
+def gradients_per_batch(config: ProbeConfig) -> float:
+    """Cost of a window per batch of a curvature set, in gradients of one batch."""
+    finding = LANCZOS_PRODUCTS + config.flat * config.flat_dimension
+    certifying = 2 * (config.top + config.flat)  # when it opens and again when it closes
+    return 2.0 * (finding + certifying)
+
+
+def choose_curvature_batches(config: ProbeConfig, batch_samples: int, planned_steps: float) -> int:
+    """Batches of each curvature set: as many samples as leave about ten windows in the budget.
+
+    Args:
+        config: ``curvature_batches`` where it is a number, else the budget decides.
+        batch_samples: samples of one training batch.
+        planned_steps: optimizer steps of the run, or infinity.
+    """
+    if config.curvature_batches != "auto":
+        return config.curvature_batches
+    affordable = config.max_overhead * planned_steps / (WINDOWS_WANTED * gradients_per_batch(config))
+    lowest = max(math.ceil(MIN_SAMPLES / batch_samples), 2)
+    highest = max(math.ceil(MAX_SAMPLES / batch_samples), lowest)
+    return int(min(max(affordable, lowest), highest, MAX_BATCHES))
+
+
+def choose_window(
+    config: ProbeConfig,
+    top_curvatures: Sequence[float],
+    flat_curvatures: Sequence[float],
+    effective_learning_rate: float,
+    steps_left: float,
+) -> WindowPlan:
+    """Length of the window that opens now; fixed from predictions alone, never from its data.
+
+    As many stiff modes as possible reach :data:`CONFINED_RELAXATION_TIMES`, with a margin, while
+    half of the flat directions stay below one relaxation time; the stiff modes win where both
+    cannot be had.
+
+    Args:
+        config: ``window`` where it is a number is the answer, unless the run ends before.
+        top_curvatures: held-out curvature of the top modes, decay included.
+        flat_curvatures: effective curvature of the flat directions, decay included.
+        effective_learning_rate: momentum included.
+        steps_left: optimizer steps until the run, or the next window, or infinity.
+    """
+    room = int(min(steps_left, config.every_n_steps or math.inf, 10**9))
+    if config.window != "auto":
+        steps, reason = config.window, "set by the user"
+    else:
+        needs = sorted(
+            math.ceil(MARGIN * CONFINED_RELAXATION_TIMES / (effective_learning_rate * curvature))
+            for curvature in top_curvatures
+            if curvature > 0 and effective_learning_rate > 0
+        )
+        needs = [need for need in needs if need <= min(MAX_WINDOW, room)]
+        flats = sorted(curvature for curvature in flat_curvatures if curvature > 0)
+        stays_flat = math.inf
+        if flats and effective_learning_rate > 0:
+            stays_flat = 1 / (effective_learning_rate * flats[(len(flats) - 1) // 2])
+        steps = max(needs[-1] if needs else 200, 200)
+        reason = (
+            f"{len(needs)} of {len(top_curvatures)} stiff modes reach "
+            f"{CONFINED_RELAXATION_TIMES:g} relaxation times"
+        )
+        if steps > stays_flat:
+            reason += f"; half of the flat directions stay flat for {int(stays_flat)} steps only"
+    if steps > room:
+        steps, reason = room, f"cut to the {room} steps that are left"
+    return WindowPlan(steps, reason)
+
+
+class Schedule:
+    """Decides at which optimizer step the next window may open.
+
+    Under a budget the first window opens at once and is paid for by all steps of the run; later
+    ones open when what the probe has cost, with one more window, is within the budget of the
+    training so far. ``every_n_steps`` overrides it.
+
+    Args:
+        config: the knobs.
+        first_step: optimizer steps done when the fit began.
+        planned_steps: optimizer steps of the whole run, or infinity.
+    """
+
+    def __init__(self, config: ProbeConfig, first_step: int, planned_steps: float) -> None:
+        self._config = config
+        self._planned = planned_steps
+        self._first = self._next = first_step
+        self.opened = 0
+
+    def steps_left(self, step: int) -> float:
+        """Optimizer steps until the end of the run, or infinity."""
+        return self._planned - step
+
+    def due(self, step: int, spent: float, window_cost: float, training: float) -> bool:
+        """Whether a window may open before the next optimizer step.
+
+        Args:
+            step: optimizer steps done.
+            spent: probe seconds so far.
+            window_cost: estimated seconds of one more window.
+            training: training seconds so far, without the probe's.
+        """
+        if step < self._next or self.steps_left(step) < MIN_WINDOW:
+            return False
+        if self._config.every_n_steps is not None:
+            return True
+        if self.opened > 0:
+            return spent + window_cost <= self._config.max_overhead * training
+        if window_cost <= self._config.grace_seconds or step == self._first:
+            return True
+        whole = training * (self._planned - self._first) / (step - self._first)
+        return spent + window_cost <= self._config.max_overhead * whole
+
+    def open(self, step: int) -> None:
+        """Note that a window opens now."""
+        self.opened += 1
+        if self._config.every_n_steps is not None:
+            self._next = step + self._config.every_n_steps
+
+    def postpone(self, step: int, steps: int) -> None:
+        """Try no window for so many steps."""
+        self._next = step + steps

@@ -1,0 +1,428 @@
+"""The probe without a trainer or a logger: it calls the rooms in order.
+
+A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer step
+(:meth:`ProbeEngine.observe`) and asks at step boundaries whether a window is to open or to close.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.certify import rayleigh_quotients
+from sgd_probe.curvature.hessian import (
+    CurvatureError,
+    GradientCost,
+    HessianOperator,
+    LossFunction,
+    gradient_noise_trace,
+    measure_gradient,
+)
+from sgd_probe.curvature.modes import ModeBasis, find_modes
+from sgd_probe.curvature.selftest import check_symmetry
+from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
+from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.statistics import WindowStatistics
+from sgd_probe.engine.config import ProbeConfig
+from sgd_probe.engine.ledger import Ledger, free_memory
+from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
+from sgd_probe.engine.planning import (
+    Schedule,
+    WindowPlan,
+    choose_curvature_batches,
+    choose_window,
+    gradients_per_batch,
+)
+from sgd_probe.engine.sampling import Sampling
+from sgd_probe.engine.summary import Measured, decisive_curvature, summarise
+from sgd_probe.isolation import isolated
+from sgd_probe.result import CostResult, WindowResult
+
+log = logging.getLogger("sgd_probe")
+
+#: Windows in a row that may fail to open before the probe gives up.
+MAX_FAILURES = 3
+#: Steps to wait after a window that failed to open.
+RETRY_STEPS = 200
+
+
+@dataclass
+class _Window:
+    """An open window: its basis and what has been observed on it."""
+
+    index: int
+    opened_at_step: int
+    plan: WindowPlan
+    basis: ModeBasis
+    projector: Projector
+    optimizer: OptimizerState
+    certifying: list[CurvatureBatch]
+    samples_found: int
+    random_noise: float
+    decays: tuple[float, ...]
+    statistics: WindowStatistics
+    position: np.ndarray[Any, np.dtype[np.float64]]
+    decay_at_origin: np.ndarray[Any, np.dtype[np.float64]]
+    decay_since: np.ndarray[Any, np.dtype[np.float64]]
+    open_seconds: float = 0.0
+    observe_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def due(self) -> bool:
+        """The planned number of steps has been seen."""
+        return self.statistics.steps + self.statistics.skipped >= self.plan.steps
+
+
+class ProbeEngine:
+    """Measures the modes of a live training.
+
+    Args:
+        module: the user's module; nothing of it is ever changed.
+        loss: its training loss on one batch.
+        optimizer: what moves the weights.
+        config: every knob.
+        sampling: what the loader does.
+        planned_steps: optimizer steps of the whole run, or infinity.
+        first_step: optimizer steps done already.
+        accumulation: microbatches in an optimizer step.
+        params: which parameters to probe, of those that the optimizer moves.
+
+    Raises:
+        ValueError: there is nothing to probe.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: LossFunction,
+        optimizer: torch.optim.Optimizer,
+        config: ProbeConfig,
+        *,
+        sampling: Sampling,
+        planned_steps: float,
+        first_step: int = 0,
+        accumulation: int = 1,
+        params: ParameterFilter = None,
+    ) -> None:
+        moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.space = ParameterSpace.of(module, params, among=moved)
+        self.config = config
+        self.sampling = sampling
+        self.ledger = Ledger()
+        self._module = module
+        self._loss = loss
+        self._optimizer = optimizer
+        self._schedule = Schedule(config, first_step, planned_steps)
+        self._planned_steps = planned_steps
+        self._accumulation = accumulation
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._cost: GradientCost | None = None
+        self._batches_per_set = 0
+        self._window_seconds = 0.0
+        self._pool: list[CurvatureBatch] = []
+        self._collecting = False
+        self._window: _Window | None = None
+        self._failures = 0
+        self._self_test = ""
+        self._over_budget_said = False
+
+    @property
+    def basis(self) -> ModeBasis | None:
+        """The directions of the open window."""
+        return self._window.basis if self._window else None
+
+    @property
+    def is_open(self) -> bool:
+        """A window is open."""
+        return self._window is not None
+
+    @property
+    def observed_steps(self) -> int:
+        """Used steps of the open window; 0 where none is open."""
+        return self._window.statistics.steps if self._window else 0
+
+    @property
+    def closing_due(self) -> bool:
+        """The open window has seen its planned steps."""
+        return self._window is not None and self._window.due
+
+    def preflight(self, batch: Any, index: int, step: int) -> tuple[str, ...]:
+        """Try the loss once on a batch, and say what is going to happen.
+
+        Returns:
+            The plan, a sentence an item.
+
+        Raises:
+            CurvatureError: the loss cannot be probed.
+        """
+        frozen = self._freeze(batch, index)
+        with self.ledger.charge(), isolated(self._module):
+            self._cost = measure_gradient(self._module, self._loss, frozen, self.space)
+        config = self.config
+        self._batches_per_set = choose_curvature_batches(config, frozen.samples, self._planned_steps)
+        self._window_seconds = self._cost.seconds * gradients_per_batch(config) * self._batches_per_set
+        retained = self._retain_graphs()
+        graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
+        vectors = (3 * config.top + 40 + config.flat + 3) * self.space.size * self.space.dtype.itemsize
+        count = self._batches_per_set
+        lines = [
+            f"{self.space.size:,} weights; {config.top} stiff and {config.flat} near-flat directions from "
+            f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
+            f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
+            f"pauses the training for about {self._window_seconds:.2g} s; it needs at most "
+            f"{(graphs + vectors) / 2**20:,.0f} MB "
+            f"({graphs / 2**20:,.0f} MB of graphs{'' if retained else ', rebuilt for every product'}).",
+            self._pace(),
+            f"Optimizer: {self._read_optimizer().describe()}. Loader: {self.sampling.describe()}.",
+        ]
+        withheld = self._read_optimizer().withheld or self.sampling.withheld
+        if withheld:
+            lines.append(f"Verdicts will be withheld: {withheld}.")
+        return tuple(lines)
+
+    def offer(self, batch: Any, index: int, step: int) -> None:
+        """Hand over a training batch before its step; it is cloned while a window is in sight."""
+        if self.is_open or not self._batches_per_set:
+            return
+        if not self._collecting:
+            self._collecting = self._window_due(step)
+        if self._collecting and len(self._pool) < 2 * self._batches_per_set:
+            with self.ledger.charge():
+                self._pool.append(self._freeze(batch, index))
+
+    @property
+    def opening_due(self) -> bool:
+        """Enough batches are there; call :meth:`open_window` at the next step boundary."""
+        return self._collecting and len(self._pool) >= 2 * self._batches_per_set
+
+    def open_window(self, step: int) -> ModeBasis | None:
+        """Find the modes at the present weights and begin to observe.
+
+        Args:
+            step: optimizer steps done.
+
+        Returns:
+            The basis, or None where the curvature could not be had this time (a warning says why).
+
+        Raises:
+            CurvatureError: it failed several times in a row.
+        """
+        try:
+            with self.ledger.charge() as charge, isolated(self._module):
+                self._window = self._open(step)
+        except (CurvatureError, torch.OutOfMemoryError) as error:
+            self._failures += 1
+            self._schedule.postpone(step, RETRY_STEPS)
+            if self._failures >= MAX_FAILURES:
+                raise CurvatureError(f"{error} ({self._failures} windows in a row)") from error
+            log.warning(
+                "sgd_probe: no window at step %d: %s. It is tried again in %d steps.",
+                step,
+                error,
+                RETRY_STEPS,
+            )
+            return None
+        finally:
+            self._pool = []
+            self._collecting = False
+        self._failures = 0
+        self._window.open_seconds = charge.seconds
+        return self._window.basis
+
+    def observe(self) -> None:
+        """Read the step that the optimizer has just done; call it before gradients are zeroed."""
+        window = self._window
+        if window is None:
+            return
+        with self.ledger.charge() as charge:
+            self._observe(window)
+        window.observe_seconds += charge.seconds
+
+    def close_window(self, step: int) -> tuple[WindowResult, Tensor] | None:
+        """Judge the open window.
+
+        Args:
+            step: optimizer steps done.
+
+        Returns:
+            Its result and its directions (rows in the order of the modes), or None if none is open.
+        """
+        window, self._window = self._window, None
+        if window is None:
+            return None
+        with self.ledger.charge() as charge:
+            ends = self._end_eigenvalues(window)
+        self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
+        cost = CostResult(
+            open_seconds=window.open_seconds,
+            observe_seconds=window.observe_seconds,
+            close_seconds=charge.seconds,
+            total_seconds=self.ledger.spent,
+            training_seconds=self.ledger.training,
+        )
+        measured = Measured(
+            index=window.index,
+            opened_at_step=window.opened_at_step,
+            closed_at_step=step,
+            planned_steps=window.plan.steps,
+            basis=window.basis,
+            decays=window.decays,
+            end_eigenvalues=ends,
+            random_noise=window.random_noise,
+            statistics=window.statistics,
+            optimizer=window.optimizer,
+            sampling=self.sampling,
+            samples_found=window.samples_found,
+            samples_certified=sum(batch.samples for batch in window.certifying),
+            batches=len(window.certifying),
+            parameters=self.space.size,
+            self_test=self._self_test,
+            cost=cost,
+            warnings=tuple(window.warnings),
+            min_noise_share=self.config.min_noise_share,
+        )
+        return summarise(measured), window.basis.vectors
+
+    def _window_due(self, step: int) -> bool:
+        due = self._schedule.due(step, self.ledger.spent, self._window_seconds, self.ledger.training)
+        if not due and self._schedule.opened == 0 and not self._over_budget_said:
+            self._over_budget_said = True
+            log.warning(
+                "sgd_probe: no window opens yet: one takes about %.1f s, more than max_overhead=%g allows "
+                "for this run. Raise max_overhead, lower curvature_batches, top or flat, or set "
+                "every_n_steps.",
+                self._window_seconds,
+                self.config.max_overhead,
+            )
+        return due
+
+    def _pace(self) -> str:
+        config = self.config
+        if config.every_n_steps is not None:
+            return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs."
+        return f"Further windows open as {config.max_overhead:.0%} of the training's time allows."
+
+    def _freeze(self, batch: Any, index: int) -> CurvatureBatch:
+        return CurvatureBatch.freeze(batch, index, seed=self.config.seed + index)
+
+    def _read_optimizer(self) -> OptimizerState:
+        return read_optimizer(self._optimizer, self.space.parameters)
+
+    def _retain_graphs(self) -> bool:
+        assert self._cost is not None
+        limit = self.config.max_graph_bytes
+        if limit == "auto":
+            free = free_memory(self.space.device)
+            limit = free // 2 if free is not None else 2**30
+        return self._cost.graph_bytes * self._batches_per_set <= limit
+
+    def _open(self, step: int) -> _Window:
+        # Alternating, so that both sets see the same stretch of the training data.
+        finding, certifying = self._pool[0::2], self._pool[1::2]
+        config, retain = self.config, self._retain_graphs()
+        with HessianOperator(self._module, self._loss, finding, self.space, retain) as operator:
+            if not self._self_test:
+                self._self_test = check_symmetry(operator, self._generator)
+            trace = gradient_noise_trace(operator)
+            with HessianOperator(self._module, self._loss, certifying, self.space, retain) as held_out:
+                basis = find_modes(
+                    operator,
+                    held_out,
+                    top=config.top,
+                    flat=config.flat,
+                    tolerance=config.tolerance,
+                    flat_dimension=config.flat_dimension,
+                    generator=self._generator,
+                )
+        optimizer = self._read_optimizer()
+        decays = self._decays(basis, optimizer)
+        curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]
+        plan = choose_window(
+            config,
+            [c for c, mode in zip(curvatures, basis.modes, strict=True) if not mode.flat],
+            [c for c, mode in zip(curvatures, basis.modes, strict=True) if mode.flat],
+            optimizer.effective_learning_rate,
+            self._schedule.steps_left(step),
+        )
+        projector = Projector(basis.vectors, self.space.parameters)
+        index = self._schedule.opened
+        self._schedule.open(step)
+        modes = len(basis.modes)
+        log.info(
+            "sgd_probe: window %d opens at step %d for %d steps: %s", index, step, plan.steps, plan.reason
+        )
+        return _Window(
+            index=index,
+            opened_at_step=step,
+            plan=plan,
+            basis=basis,
+            projector=projector,
+            optimizer=optimizer,
+            certifying=certifying,
+            samples_found=operator.samples,
+            random_noise=trace / self.space.size / self._accumulation,
+            decays=decays,
+            statistics=WindowStatistics.empty(modes, plan.steps),
+            position=np.zeros(modes),
+            decay_at_origin=projector.decay_at_origin(optimizer.decays),
+            decay_since=np.zeros(modes),
+        )
+
+    def _decays(self, basis: ModeBasis, optimizer: OptimizerState) -> tuple[float, ...]:
+        """Coupled weight decay along each mode: v.Wv."""
+        if not any(optimizer.decays):
+            return (0.0,) * len(basis.modes)
+        squares = torch.stack(
+            [basis.vectors[:, where].double().square().sum(1) for where in self.space.slices]
+        )
+        decays = torch.tensor(optimizer.decays, dtype=torch.float64, device=squares.device)
+        return tuple((decays @ squares).tolist())
+
+    def _observe(self, window: _Window) -> None:
+        optimizer = self._read_optimizer()
+        projection = window.projector.project(optimizer.decays)
+        usable = projection is not None and projection.finite
+        if optimizer.decays != window.optimizer.decays:
+            # What the new decay pulls at was not read before this step: begin with the next one.
+            window.optimizer = optimizer
+            window.decay_at_origin = window.projector.decay_at_origin(optimizer.decays)
+            usable = False
+        if projection is not None and usable:
+            window.statistics = window.statistics.update(
+                window.position,
+                projection.gradient + window.decay_at_origin + window.decay_since,
+                projection.displacement,
+                optimizer.learning_rate,
+                optimizer.effective_learning_rate,
+            )
+        else:
+            window.statistics = window.statistics.skip()
+        if projection is not None and np.isfinite(projection.displacement).all():
+            window.position = projection.displacement
+            window.decay_since = projection.decay
+
+    def _end_eigenvalues(self, window: _Window) -> tuple[float, ...]:
+        if not np.allclose(window.projector.displacement(), window.position, rtol=1e-3, atol=1e-7):
+            window.warnings.append(
+                "The weights were changed outside the optimizer's steps (by weight averaging, perhaps): the "
+                "curvature at the window's end was not measured."
+            )
+            return ()
+        try:
+            with (
+                isolated(self._module),
+                HessianOperator(
+                    self._module, self._loss, window.certifying, self.space, self._retain_graphs()
+                ) as operator,
+            ):
+                return tuple(rayleigh_quotients(operator, window.basis.vectors))
+        except (CurvatureError, torch.OutOfMemoryError) as error:
+            window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
+            return ()

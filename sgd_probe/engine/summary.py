@@ -1,0 +1,342 @@
+"""From what a window measured to its result: verdicts, diffusion, predictions and warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgd_probe.curvature.modes import Mode, ModeBasis
+from sgd_probe.dynamics.diffusion import (
+    headline_lag,
+    mean_squared_displacements,
+    noise_variance,
+    scaled,
+)
+from sgd_probe.dynamics.statistics import WindowStatistics
+from sgd_probe.dynamics.verdict import (
+    CONFINED_RELAXATION_TIMES,
+    MIN_STEPS,
+    Evidence,
+    Judgement,
+    expected_false_flags,
+    judge,
+    weigh,
+)
+from sgd_probe.engine.optimizers import OptimizerState
+from sgd_probe.engine.sampling import Sampling
+from sgd_probe.result import (
+    CostResult,
+    CurvatureResult,
+    Interval,
+    LagPoint,
+    ModeKind,
+    ModeResult,
+    Verdict,
+    WindowResult,
+)
+from sgd_probe.theory import closed_forms
+from sgd_probe.theory.closed_forms import SGDDynamics
+
+#: Predictions are withheld above this share of the stability limit: there a 5% error of the
+#: eigenvalue changes the stationary variance several times.
+STABILITY_MARGIN = 0.9
+#: The chi-square interval of a noise variance covers less than it says above this kurtosis.
+HEAVY_TAILS = 10.0
+#: A mode whose curvature changes by more than this share during the window is marked.
+CURVATURE_CHANGE = 0.5
+_Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that a closed window knows.
+
+    Attributes:
+        index: of the window.
+        opened_at_step: optimizer steps done when it opened.
+        closed_at_step: optimizer steps done when it closed.
+        planned_steps: length fixed when it opened.
+        basis: its modes.
+        decays: coupled weight decay along each mode.
+        end_eigenvalues: v.Hv at its end; empty where they could not be measured.
+        random_noise: noise variance of a random direction at its start.
+        statistics: its running sums.
+        optimizer: as it stood when the window opened.
+        sampling: what the loader does.
+        samples_found: samples of the finding batches.
+        samples_certified: samples of the certifying batches.
+        batches: batches in each set.
+        parameters: number of probed weights.
+        self_test: what the operator's self-test said.
+        cost: seconds.
+        warnings: what the engine noticed on the way.
+        min_noise_share: below it a mode has no noise.
+    """
+
+    index: int
+    opened_at_step: int
+    closed_at_step: int
+    planned_steps: int
+    basis: ModeBasis
+    decays: tuple[float, ...]
+    end_eigenvalues: tuple[float, ...]
+    random_noise: float
+    statistics: WindowStatistics
+    optimizer: OptimizerState
+    sampling: Sampling
+    samples_found: int
+    samples_certified: int
+    batches: int
+    parameters: int
+    self_test: str
+    cost: CostResult
+    warnings: tuple[str, ...]
+    min_noise_share: float
+
+
+def decisive_curvature(mode: Mode, decay: float) -> float:
+    """The curvature that decides a mode's fate, decay included: for a mixed direction not v.Hv."""
+    certificate = mode.certificate
+    return (certificate.effective_curvature if mode.flat else certificate.eigenvalue) + decay
+
+
+def summarise(measured: Measured) -> WindowResult:
+    """Judge every mode and put the window's result together."""
+    statistics, basis = measured.statistics, measured.basis
+    steps = statistics.steps
+    evidences: Sequence[Evidence | None] = [None] * len(basis.modes)
+    if steps >= MIN_STEPS and statistics.diffusion_clock > 0:
+        evidences = weigh(statistics, measured.optimizer.momentum)
+    modes = tuple(_mode(measured, index, evidences[index]) for index in range(len(basis.modes)))
+    clock, square = statistics.confinement_clock, statistics.diffusion_clock
+    top = sum(not mode.flat for mode in basis.modes)
+    return WindowResult(
+        index=measured.index,
+        opened_at_step=measured.opened_at_step,
+        closed_at_step=measured.closed_at_step,
+        steps=steps,
+        skipped_steps=statistics.skipped,
+        planned_steps=measured.planned_steps,
+        complete=steps + statistics.skipped >= measured.planned_steps,
+        learning_rate=statistics.learning_rates / steps if steps else math.nan,
+        effective_learning_rate=square / clock if clock > 0 else math.nan,
+        confinement_clock=clock,
+        diffusion_clock=square,
+        optimizer=measured.optimizer.describe(),
+        sampling=measured.sampling.describe(),
+        curvature=CurvatureResult(
+            lambda_max=basis.lambda_max,
+            samples_found=measured.samples_found,
+            samples_certified=measured.samples_certified,
+            batches_found=measured.batches,
+            batches_certified=measured.batches,
+            parameters=measured.parameters,
+            products=basis.products + len(measured.end_eigenvalues),
+            orthogonality=basis.orthogonality,
+            converged=basis.converged,
+            message=basis.message,
+            self_test=measured.self_test,
+        ),
+        cost=measured.cost,
+        modes=modes,
+        warnings=(*measured.warnings, *_warnings(measured, modes)),
+        expected_false_flags=(
+            math.nan if _withheld(measured) else expected_false_flags(top, len(modes) - top)
+        ),
+    )
+
+
+def _withheld(measured: Measured) -> str:
+    """Why no mode of this window gets a verdict; "" where they do."""
+    if measured.statistics.steps < MIN_STEPS:
+        return f"only {measured.statistics.steps} steps were observed, {MIN_STEPS} are needed"
+    return measured.optimizer.withheld or measured.sampling.withheld
+
+
+def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResult:
+    mode, statistics = measured.basis.modes[index], measured.statistics
+    certificate = mode.certificate
+    steps = statistics.steps
+    curvature = decisive_curvature(mode, measured.decays[index])
+    noise, kurtosis, share = Interval.unknown(), math.nan, math.nan
+    if evidence is not None:
+        kurtosis = float(statistics.kurtosis()[index])
+        noise = noise_variance(evidence.noise_variance, steps, kurtosis)
+        share = evidence.noise_variance / measured.random_noise if measured.random_noise > 0 else math.nan
+    judgement = _judgement(measured, evidence, share)
+    end = measured.end_eigenvalues[index] if measured.end_eigenvalues else math.nan
+    theory = _theory(measured, curvature)
+    points = _points(statistics, index, curvature, noise.value, theory)
+    momentum = measured.optimizer.momentum
+    lag = headline_lag(steps, momentum) if steps else 0
+    at_lag = next((point for point in points if point.lag == lag), None)
+    diffusion, per_time = Interval.unknown(), Interval.unknown()
+    predicted = langevin = math.nan
+    if at_lag is not None:
+        unit = 1 / (2 * lag * closed_forms.momentum_kernel(lag, momentum))
+        diffusion = scaled(at_lag.measured, unit)
+        predicted, langevin = at_lag.discrete * unit, at_lag.langevin / (2 * lag)
+        if not measured.optimizer.withheld and statistics.confinement_clock > 0:
+            per_time = scaled(diffusion, steps / statistics.confinement_clock)
+    return ModeResult(
+        name=mode.name,
+        kind=ModeKind.FLAT if mode.flat else ModeKind.TOP,
+        eigenvalue=mode.eigenvalue,
+        residual=mode.residual,
+        converged=mode.converged,
+        held_out_eigenvalue=certificate.eigenvalue,
+        held_out_standard_error=certificate.standard_error,
+        effective_curvature=certificate.effective_curvature,
+        end_eigenvalue=end,
+        relaxation_times=(
+            math.nan if measured.optimizer.withheld else curvature * statistics.confinement_clock
+        ),
+        noise_variance=noise,
+        noise_kurtosis=kurtosis,
+        noise_share=share,
+        measured_curvature=_slope(evidence, judgement),
+        diffusion=diffusion,
+        diffusion_per_time=per_time,
+        diffusion_lag=lag,
+        predicted_diffusion=predicted,
+        langevin_diffusion=langevin,
+        free_diffusion=(
+            noise.value * statistics.diffusion_clock / (2 * steps) if theory is not None else math.nan
+        ),
+        log_bayes_factor=evidence.log_bayes_factor if evidence else math.nan,
+        t_level=evidence.t_level if evidence else math.nan,
+        t_trend=evidence.t_trend if evidence else math.nan,
+        drift_z=evidence.drift_z if evidence else math.nan,
+        verdict=judgement.verdict,
+        detail=judgement.detail,
+        reason=judgement.reason,
+        marks=_marks(measured, mode, curvature, end, kurtosis, judgement),
+        layer_shares=mode.layer_shares,
+        displacements=points,
+    )
+
+
+def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float) -> Judgement:
+    withheld = _withheld(measured)
+    if evidence is None:
+        return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld or "the weights were not moved"))
+    if evidence.noise_variance == 0 or noise_share < measured.min_noise_share:
+        return Judgement(
+            Verdict.NO_NOISE,
+            "",
+            f"Its gradient hardly fluctuates ({noise_share:.1e} of a random direction's noise): "
+            "unused weights, perhaps.",
+        )
+    if withheld:
+        return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld))
+    return judge(evidence)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def _slope(evidence: Evidence | None, judgement: Judgement) -> Interval:
+    """The slope is a curvature only where something confines; elsewhere it is an artefact."""
+    if evidence is None or judgement.verdict is not Verdict.CONFINED:
+        return Interval.unknown()
+    half = _Z95 * evidence.slope_error
+    return Interval(evidence.slope, evidence.slope - half, evidence.slope + half)
+
+
+def _theory(measured: Measured, curvature: float) -> SGDDynamics | None:
+    """The dynamics that predictions use, or None where they are withheld."""
+    statistics, optimizer = measured.statistics, measured.optimizer
+    if optimizer.withheld or not statistics.diffusion_clock > 0:
+        return None
+    # Under a schedule: the rate with which the two clocks agree.
+    effective = statistics.diffusion_clock / statistics.confinement_clock
+    damping = 1 - optimizer.dampening if optimizer.momentum else 1.0
+    dynamics = optimizer.dynamics(effective * (1 - optimizer.momentum) / damping)
+    if curvature > STABILITY_MARGIN * closed_forms.stability_limit(dynamics):
+        return None
+    return dynamics
+
+
+def _points(
+    statistics: WindowStatistics, index: int, curvature: float, noise: float, theory: SGDDynamics | None
+) -> tuple[LagPoint, ...]:
+    points = []
+    for lag, count, interval in mean_squared_displacements(statistics, index):
+        discrete = langevin = math.nan
+        if theory is not None and math.isfinite(noise):
+            discrete = closed_forms.mean_squared_displacement(curvature, noise, lag, theory)
+            langevin = closed_forms.langevin_mean_squared_displacement(curvature, noise, lag, theory)
+        points.append(LagPoint(lag, count, interval, discrete, langevin))
+    return tuple(points)
+
+
+def _marks(
+    measured: Measured,
+    mode: Mode,
+    curvature: float,
+    end: float,
+    kurtosis: float,
+    judgement: Judgement,
+) -> tuple[str, ...]:
+    marks = []
+    start = mode.certificate.eigenvalue
+    if not mode.flat and not mode.converged:
+        marks.append(f"not an eigenvector: residual {mode.residual:.1e} of lambda_1")
+    if not mode.flat and math.isfinite(end) and abs(end - start) > CURVATURE_CHANGE * abs(start):
+        marks.append(f"its curvature went from {start:.3g} to {end:.3g} during the window")
+    if kurtosis > HEAVY_TAILS:
+        marks.append(f"heavy-tailed noise (kurtosis {kurtosis:.0f}): its interval is too narrow")
+    times = curvature * measured.statistics.confinement_clock
+    if mode.flat and judgement.verdict is Verdict.DIFFUSIVE and times >= 1:
+        marks.append(
+            f"held-out curvature predicts {times:.1f} relaxation times: diffusive over this window, "
+            "perhaps not over longer ones"
+        )
+    optimizer = measured.optimizer
+    if not optimizer.withheld and optimizer.learning_rate > 0:
+        limit = closed_forms.stability_limit(optimizer.dynamics())
+        if curvature > STABILITY_MARGIN * limit:
+            marks.append(f"at {curvature / limit:.0%} of the stability limit: predictions withheld")
+    return tuple(marks)
+
+
+def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
+    statistics = measured.statistics
+    warnings = []
+    withheld = _withheld(measured)
+    if withheld:
+        warnings.append(f"No mode gets a verdict: {withheld}.")
+    if statistics.skipped:
+        warnings.append(
+            f"{statistics.skipped} steps were left out (non-finite, or skipped by the optimizer)."
+        )
+    if statistics.steps + statistics.skipped < measured.planned_steps:
+        warnings.append(
+            f"The run ended after {statistics.steps} of the window's {measured.planned_steps} steps."
+        )
+    if not measured.basis.converged:
+        warnings.append(f"Not every stiff mode converged: {measured.basis.message}.")
+    negative = [m for m in modes if m.held_out_eigenvalue + 2 * m.held_out_standard_error < 0]
+    if negative:
+        warnings.append(
+            f"{len(negative)} of the modes have negative curvature "
+            f"({min(m.held_out_eigenvalue for m in negative):.3g}): the weights are not near a minimum."
+        )
+    changed = [m for m in modes if any("during the window" in mark for mark in m.marks)]
+    if changed:
+        warnings.append(
+            f"{len(changed)} stiff modes changed their curvature by more than half during the window: the "
+            "network still learns fast, and its modes rotate."
+        )
+    if not withheld:
+        predicted = [m for m in modes if m.kind is ModeKind.TOP]
+        slow = [m for m in predicted if 0 < m.relaxation_times < CONFINED_RELAXATION_TIMES]
+        if slow and len(slow) == len(predicted):
+            warnings.append(
+                "The window is shorter than any stiff mode needs to show that it is confined "
+                f"({max(m.relaxation_times for m in slow):.1f} relaxation times at most, "
+                f"{CONFINED_RELAXATION_TIMES:g} needed)."
+            )
+    return warnings

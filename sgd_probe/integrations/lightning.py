@@ -1,0 +1,287 @@
+"""SGDProbe: the Lightning callback. Hooks in, engine between, sinks out; no numerics here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec
+
+import torch
+from torch import Tensor
+
+from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.integrations.lightning_compat import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    announce,
+    planned_steps,
+    refusal,
+    training_loader,
+    training_loss,
+)
+from sgd_probe.result import WindowResult
+from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
+from sgd_probe.sinks.folder import FolderSink, fresh_folder
+from sgd_probe.sinks.loggers import LoggerSink
+from sgd_probe.sinks.metrics import CallbackMetricsSink
+from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
+
+log = logging.getLogger("sgd_probe")
+
+_P = ParamSpec("_P")
+_MIN_STEPS_AT_END = 50
+
+
+def _guarded(
+    hook: Callable[Concatenate[SGDProbe, _P], None],
+) -> Callable[Concatenate[SGDProbe, _P], None]:
+    """Keep every failure of ours out of the user's fit: warn once, restore, switch off."""
+
+    @functools.wraps(hook)
+    def guarded(self: SGDProbe, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if not self._on:
+            return
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            self._switch_off()
+            if self._strict:
+                raise
+            log.warning(
+                "sgd_probe: switched off for the rest of this fit (%s: %s). Training goes on untouched; "
+                "strict=True raises instead.",
+                type(error).__name__,
+                error,
+                exc_info=log.isEnabledFor(logging.DEBUG),
+            )
+
+    return guarded
+
+
+class SGDProbe(Callback):
+    """Measures how SGD moves along the modes of the loss while the model trains.
+
+    Add it to the trainer's callbacks, of ``pytorch_lightning`` or ``lightning.pytorch``. It never
+    changes the training, and unless ``strict`` never raises into it.
+
+    Args:
+        top: number of stiff modes, the Hessian's eigenvectors of largest |eigenvalue| (10).
+        flat: number of near-flat directions (4).
+        params: which parameters: globs on their names, a compiled pattern, or a rule on
+            (name, parameter); all by default.
+        window: length of a window in optimizer steps, or "auto".
+        max_overhead: the probe's share of the training's wall time, in (0, 1) (0.05).
+        every_n_steps: open a window every so many optimizer steps, whatever it costs; makes a run
+            reproducible.
+        curvature_batches: training batches in each of the two curvature sets, or "auto".
+        run_dir: folder of the local results; by default ``sgd_probe`` in the trainer's log
+            directory. A folder that holds a run already is left alone and a numbered one taken.
+        name: prefix of every metric; give each probe of a trainer its own.
+        loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
+        strict: raise failures instead of switching off.
+        config: every other knob; the arguments above win over it.
+
+    Attributes:
+        results: the results of this fit's windows.
+
+    Raises:
+        MisconfigurationException: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        top: int | None = None,
+        flat: int | None = None,
+        *,
+        params: ParameterFilter = None,
+        window: int | Literal["auto"] | None = None,
+        max_overhead: float | None = None,
+        every_n_steps: int | None = None,
+        curvature_batches: int | Literal["auto"] | None = None,
+        run_dir: str | Path | None = None,
+        name: str = "sgd_probe",
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        strict: bool = False,
+        config: ProbeConfig | None = None,
+    ) -> None:
+        super().__init__()
+        given: dict[str, Any] = {
+            "top": top,
+            "flat": flat,
+            "window": window,
+            "max_overhead": max_overhead,
+            "every_n_steps": every_n_steps,
+            "curvature_batches": curvature_batches,
+        }
+        try:
+            self.config = dataclasses.replace(
+                config or ProbeConfig(), **{key: value for key, value in given.items() if value is not None}
+            )
+        except ValueError as error:
+            raise MisconfigurationException(f"SGDProbe: {error}") from error
+        if not name or not isinstance(name, str):
+            raise MisconfigurationException(
+                f"SGDProbe: expected `name` to be a non-empty string, found {name!r}"
+            )
+        if loss_fn is not None and not callable(loss_fn):
+            raise MisconfigurationException(f"SGDProbe: expected `loss_fn` to be callable, found {loss_fn!r}")
+        self.name = name
+        self.results: list[WindowResult] = []
+        self._params = params
+        self._run_dir = None if run_dir is None else Path(run_dir)
+        self._loss_fn = loss_fn
+        self._strict = strict
+        self._on = False
+        self._engine: ProbeEngine | None = None
+        self._sinks = SinkGroup([])
+        self._metrics: CallbackMetricsSink | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._planned = False
+        self._stepped = True
+
+    @property
+    def state_key(self) -> str:
+        """Checkpoints tell probes apart by their name."""
+        return f"SGDProbe{{'name': {self.name!r}}}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the training, and stand aside from one that cannot be probed."""
+        self._switch_off()
+        self.results = []
+        # Published even where the probe stands aside: a monitor whose key is missing would raise.
+        self._metrics = CallbackMetricsSink(trainer)
+        self._metrics.publish(verdict_counts({}, self.name))
+        why = refusal(trainer, pl_module)
+        if why:
+            log.warning("sgd_probe: off for this fit: %s.", why)
+            return
+        self._on = True
+        self._start(trainer, pl_module)
+
+    @_guarded
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizer = trainer.optimizers[0]
+        self._engine = ProbeEngine(
+            pl_module,
+            training_loss(trainer, self._loss_fn),
+            optimizer,
+            self.config,
+            sampling=read_sampling(training_loader(trainer), self.config.sampling),
+            planned_steps=planned_steps(trainer),
+            first_step=trainer.global_step,
+            accumulation=trainer.accumulate_grad_batches,
+            params=self._params,
+        )
+        self._planned, self._stepped = False, True
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._on_optimizer_step())
+        self._sinks = SinkGroup(self._make_sinks(trainer), self._strict)
+
+    @_guarded
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep a clone of the batch where one is needed; open a window where one is due."""
+        assert self._engine is not None
+        engine, step = self._engine, trainer.global_step
+        if not self._planned:
+            self._planned = True
+            self._preflight(trainer, engine.preflight(batch, batch_idx, step))
+        engine.offer(batch, batch_idx, step)
+        if self._stepped and engine.opening_due:
+            basis = engine.open_window(step)
+            if basis is not None and self._metrics is not None:
+                self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
+        self._stepped = False
+
+    @_guarded
+    def _on_optimizer_step(self) -> None:
+        assert self._engine is not None
+        self._stepped = True
+        self._engine.observe()
+
+    @_guarded
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close a window that has seen its steps."""
+        assert self._engine is not None
+        if self._engine.closing_due:
+            self._close(trainer.global_step)
+
+    @_guarded
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close what is open, as far as it got, and let the sinks finish."""
+        assert self._engine is not None
+        if self._engine.observed_steps >= _MIN_STEPS_AT_END:
+            self._close(trainer.global_step)
+        self._switch_off()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizer and let the sinks finish; the open window is lost."""
+        self._switch_off()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go, however the fit ended."""
+        self._switch_off()
+
+    def _close(self, step: int) -> None:
+        assert self._engine is not None
+        closed = self._engine.close_window(step)
+        if closed is None:
+            return
+        result, vectors = closed
+        self.results.append(result)
+        kept = {}
+        if self.config.save_vectors:
+            rows = vectors.float().cpu().numpy()
+            kept = {mode.name: row for mode, row in zip(result.modes, rows, strict=True)}
+        self._sinks.write(result, kept)
+
+    def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
+        assert self._engine is not None
+        announce(trainer, "sgd_probe: " + "\n  ".join(plan))
+        space = self._engine.space
+        self._sinks.start(
+            RunInfo(
+                name=self.name,
+                config=dataclasses.asdict(self.config),
+                plan=plan,
+                versions={
+                    package: importlib.metadata.version(package)
+                    for package in ("sgd-probe", "torch", "pytorch-lightning", "numpy")
+                },
+                parameters={
+                    name: parameter.numel()
+                    for name, parameter in zip(space.names, space.parameters, strict=True)
+                },
+            )
+        )
+
+    def _make_sinks(self, trainer: Trainer) -> list[Sink]:
+        assert self._metrics is not None
+        sinks: list[Sink] = [self._metrics]
+        if not trainer.is_global_zero:
+            return sinks
+        base = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir) / self.name
+        sinks.append(FolderSink(fresh_folder(base), max_vector_bytes=self.config.max_vector_bytes))
+        wandb_logger = find_wandb_logger(trainer.loggers)
+        sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
+        if wandb_logger is not None:
+            sinks.append(WandbSink(wandb_logger))
+        return sinks
+
+    def _switch_off(self) -> None:
+        """Leave nothing behind in the user's objects; safe to call at any time."""
+        self._on = False
+        self._engine = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        sinks, self._sinks, self._metrics = self._sinks, SinkGroup([]), None
+        sinks.finish()

@@ -1,0 +1,177 @@
+"""All that depends on Lightning's insides, for both of its package names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sgd_probe.engine import CurvatureError
+
+if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    # `lightning.pytorch` and `pytorch_lightning` are two copies of one code: a class that derives from
+    # both is at home in either Trainer.
+    _PACKAGES = tuple(
+        importlib.import_module(name)
+        for name, root in (("pytorch_lightning", "pytorch_lightning"), ("lightning.pytorch", "lightning"))
+        if importlib.util.find_spec(root) is not None
+    )
+    Callback = type("Callback", tuple(package.Callback for package in _PACKAGES), {})
+    MisconfigurationException = type(
+        "MisconfigurationException",
+        tuple(
+            dict.fromkeys(
+                importlib.import_module(f"{package.__name__}.utilities.exceptions").MisconfigurationException
+                for package in _PACKAGES
+            )
+        ),
+        {},
+    )
+    LightningModule = Trainer = Any
+
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "announce",
+    "planned_steps",
+    "refusal",
+    "training_loader",
+    "training_loss",
+]
+
+#: Precisions whose weights are held in full precision.
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+
+
+def announce(trainer: Trainer, message: str) -> None:
+    """Show a message the way in which the trainer shows its own."""
+    importlib.import_module(f"{_package(trainer)}.utilities.rank_zero").rank_zero_info(message)
+
+
+def planned_steps(trainer: Trainer) -> float:
+    """Optimizer steps of the whole run, or infinity."""
+    return float(trainer.estimated_stepping_batches)
+
+
+def training_loader(trainer: Trainer) -> Any:
+    """The training loader as the trainer uses it."""
+    return trainer.train_dataloader
+
+
+def refusal(trainer: Trainer, module: LightningModule) -> str:
+    """Why this training cannot be probed; "" where it can."""
+    if getattr(trainer, "fast_dev_run", False):
+        return "it stands aside in a fast_dev_run"
+    if not module.automatic_optimization:
+        return "manual optimisation is not supported yet"
+    if len(trainer.optimizers) != 1:
+        return f"expected one optimizer, found {len(trainer.optimizers)}"
+    if trainer.world_size > 1:
+        return f"training on {trainer.world_size} processes is not supported yet"
+    if type(trainer.optimizers[0]).__name__ == "LBFGS":
+        return (
+            "LBFGS evaluates the loss several times a step and searches along lines; no mode moves by itself"
+        )
+    if trainer.precision not in _PRECISIONS:
+        return f"weights in precision {trainer.precision} are too coarse for second derivatives"
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        return "a training_step that takes a dataloader_iter is not supported yet"
+    return ""
+
+
+def training_loss(
+    trainer: Trainer, loss_fn: Callable[[Any, Any], Tensor] | None
+) -> Callable[[nn.Module, Any, int], Tensor]:
+    """The user's own training step as a loss, with every way to log from it closed meanwhile.
+
+    Args:
+        trainer: the trainer that runs it.
+        loss_fn: (module, batch) -> loss, instead of ``training_step``.
+    """
+    plugin = trainer.precision_plugin
+    mixed = "mixed" in str(trainer.precision)
+
+    def loss(module: nn.Module, batch: Any, index: int) -> Tensor:
+        # Second derivatives want full precision: an autocast forward would drown them in rounding.
+        precision = nullcontext() if mixed else plugin.forward_context()
+        with muted(trainer, module), precision:
+            if loss_fn is not None:
+                return loss_fn(module, batch)
+            step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
+            output = step(batch, index) if _takes_index(step) else step(batch)
+        return _loss_of(output)
+
+    return loss
+
+
+@contextmanager
+def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
+    """Close every usual way in which a training step logs or prints."""
+    with ExitStack() as stack:
+        for name in ("log", "log_dict", "print"):
+            stack.enter_context(_shadowed(module, name, _nothing))
+        dummy = importlib.import_module(f"{_package(trainer)}.loggers.logger").DummyLogger
+        loggers = trainer.loggers
+        stack.callback(setattr, trainer, "loggers", loggers)
+        trainer.loggers = [dummy() for _ in loggers]
+        # Those who call wandb by itself; whoever has not imported it cannot.
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            stack.enter_context(_shadowed(wandb, "log", _nothing))
+            stack.enter_context(_shadowed(wandb.run, "log", _nothing))
+        yield
+
+
+@contextmanager
+def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Shadow an attribute on the instance for a while."""
+    own = vars(owner)
+    missing = name not in own
+    before = own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if missing:
+            own.pop(name, None)
+        else:
+            own[name] = before
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Log nothing."""
+
+
+def _takes_index(step: Callable[..., Any]) -> bool:
+    """Lightning's own rule: a second argument, or one of that name."""
+    parameters = inspect.signature(step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if loss is None:
+        raise CurvatureError("expected a loss from training_step, found None for a curvature batch")
+    if not isinstance(loss, Tensor):
+        raise CurvatureError(f"expected a tensor from training_step, found {type(loss).__name__}")
+    return loss
+
+
+def _package(trainer: Trainer) -> str:
+    """The package that a trainer comes from, also where the user derived a class from it."""
+    for base in type(trainer).__mro__:
+        if base.__module__.startswith("lightning.pytorch"):
+            return "lightning.pytorch"
+    return "pytorch_lightning"

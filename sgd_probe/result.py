@@ -1,0 +1,320 @@
+"""What a window found: the one value that everything downstream reads.
+
+A :class:`WindowResult` holds plain numbers and text only. It knows no model, no trainer and no
+logger; it is written as JSON and read back without pickle. Where a number could not be measured it
+is NaN (``null`` in JSON), never a stand-in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Verdict(StrEnum):
+    """What one window says of one mode, up to the horizon of that window."""
+
+    CONFINED = "confined"
+    SAMPLING_CONFINED = "sampling_confined"
+    DIFFUSIVE = "diffusive"
+    DRIFTING = "drifting"
+    UNSTABLE = "unstable"
+    UNDETERMINED = "undetermined"
+    NO_NOISE = "no_noise"
+
+
+class ModeKind(StrEnum):
+    """How a direction was chosen: an eigenvector of largest |eigenvalue|, or a near-flat direction."""
+
+    TOP = "top"
+    FLAT = "flat"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its two-sided 95% interval (``low <= value <= high``; NaN where unknown)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def unknown(cls) -> Interval:
+        """The interval of a quantity that could not be measured."""
+        return cls(math.nan, math.nan, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class LagPoint:
+    """Mean squared displacement of one mode over one lag.
+
+    Attributes:
+        lag: optimizer steps between the two ends of a displacement.
+        count: non-overlapping displacements of that lag in the window.
+        measured: mean squared displacement (squared weight units) with a chi-square interval.
+        discrete: what the discrete theory predicts from held-out curvature and measured noise.
+        langevin: what the Langevin equation predicts from the same numbers.
+    """
+
+    lag: int
+    count: int
+    measured: Interval
+    discrete: float
+    langevin: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeResult:
+    """One direction of the loss over one window.
+
+    Curvatures are per unit weight squared (the units of the loss over those of the weights
+    squared); diffusion coefficients are squared weight units per optimizer step, or per unit time
+    ``eta * t`` where the name says so.
+
+    Attributes:
+        name: ``top_01`` (stiffest) ..., ``flat_01`` ...: stable keys for logs.
+        kind: how the direction was chosen.
+        eigenvalue: Rayleigh quotient v.Hv on the batches that found the direction.
+        residual: ``||Hv - eigenvalue v|| / |lambda_1|`` on those batches.
+        converged: the residual is below the tolerance, so "eigenvector" is a fair word.
+        held_out_eigenvalue: v.Hv on disjoint batches, the unbiased value.
+        held_out_standard_error: standard error of the held-out value over those batches.
+        effective_curvature: ``||Hv||^2 / |v.Hv|`` on the held-out batches: the curvature that
+            decides how the direction moves when it is not an eigenvector (noise following curvature).
+        end_eigenvalue: v.Hv on the held-out batches at the window's end.
+        relaxation_times: predicted number of relaxation times in the window (kappa), from the
+            curvature at its start, weight decay included: curvature times the confinement clock.
+        noise_variance: variance of the used gradient along the mode (residual of g on 1 and x).
+        noise_kurtosis: kurtosis of that residual (3 for Gaussian noise).
+        noise_share: noise variance over that of a random direction at the window's start.
+        measured_curvature: slope of the used gradient on the displacement with its interval; only
+            for confined modes (for a flat mode this slope is an artefact), else NaN.
+        diffusion: measured D per optimizer step at ``diffusion_lag``.
+        diffusion_per_time: the same per unit time ``eta * t``.
+        diffusion_lag: lag of the displacements behind D, in optimizer steps.
+        predicted_diffusion: apparent D per step at that lag by the discrete theory.
+        langevin_diffusion: apparent D per step at that lag by the Langevin equation.
+        free_diffusion: D per step of a perfectly flat mode with this noise.
+        log_bayes_factor: log evidence of 20 relaxation times in the window against a flat mode.
+        t_level: t-statistic of the slope of g on (1, x).
+        t_trend: t-statistic of that slope with a linear trend besides.
+        drift_z: net displacement over that of free diffusion.
+        verdict: the verdict.
+        detail: a word that narrows the verdict ("relaxing", "moving centre"), or "".
+        reason: one plain sentence: why this verdict.
+        marks: plain-word reservations about this mode (it rotated, its noise has heavy tails ...).
+        layer_shares: share of each parameter in the direction's squared length, largest first.
+        displacements: mean squared displacement by lag.
+    """
+
+    name: str
+    kind: ModeKind
+    eigenvalue: float
+    residual: float
+    converged: bool
+    held_out_eigenvalue: float
+    held_out_standard_error: float
+    effective_curvature: float
+    end_eigenvalue: float
+    relaxation_times: float
+    noise_variance: Interval
+    noise_kurtosis: float
+    noise_share: float
+    measured_curvature: Interval
+    diffusion: Interval
+    diffusion_per_time: Interval
+    diffusion_lag: int
+    predicted_diffusion: float
+    langevin_diffusion: float
+    free_diffusion: float
+    log_bayes_factor: float
+    t_level: float
+    t_trend: float
+    drift_z: float
+    verdict: Verdict
+    detail: str
+    reason: str
+    marks: tuple[str, ...] = ()
+    layer_shares: Mapping[str, float] = field(default_factory=dict)
+    displacements: tuple[LagPoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvatureResult:
+    """How the directions of a window were found, and at what cost.
+
+    Attributes:
+        lambda_max: largest |eigenvalue|, with its sign, on the finding batches.
+        samples_found: samples in the batches that found the directions.
+        samples_certified: samples in the disjoint batches that certified them.
+        batches_found: number of finding batches.
+        batches_certified: number of certifying batches.
+        parameters: number of weights in the probed space.
+        products: Hessian-vector products, each over all batches of its set.
+        orthogonality: largest |v_i . v_j| of two different modes.
+        converged: every top mode reached the tolerance.
+        message: why the solver stopped, in plain words.
+        self_test: what the operator's self-test said.
+    """
+
+    lambda_max: float
+    samples_found: int
+    samples_certified: int
+    batches_found: int
+    batches_certified: int
+    parameters: int
+    products: int
+    orthogonality: float
+    converged: bool
+    message: str
+    self_test: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostResult:
+    """What the probe has cost.
+
+    Attributes:
+        open_seconds: the pause when this window opened.
+        observe_seconds: reading the steps of this window, all together.
+        close_seconds: the pause when it closed.
+        total_seconds: the probe's seconds since the fit began, this window included.
+        training_seconds: wall seconds of the fit so far without the probe's.
+    """
+
+    open_seconds: float
+    observe_seconds: float
+    close_seconds: float
+    total_seconds: float
+    training_seconds: float
+
+    @property
+    def fraction(self) -> float:
+        """The probe's seconds over those of the training without it (NaN before any training)."""
+        return self.total_seconds / self.training_seconds if self.training_seconds > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowResult:
+    """Everything that one window measured.
+
+    Attributes:
+        index: 0 for the first window of the run.
+        opened_at_step: optimizer steps done when the window opened.
+        closed_at_step: optimizer steps done when it closed.
+        steps: steps observed and used.
+        skipped_steps: steps left out (non-finite or skipped by the optimizer).
+        planned_steps: the length fixed when the window opened.
+        complete: the planned length was reached.
+        learning_rate: mean learning rate over the window.
+        effective_learning_rate: diffusion clock over confinement clock, momentum included.
+        confinement_clock: sum of effective learning rates over the used steps.
+        diffusion_clock: sum of their squares.
+        optimizer: one line on what the optimizer does.
+        sampling: one line on what the loader does.
+        curvature: how the directions were found.
+        cost: what it cost.
+        modes: the modes: top ones first, stiffest first.
+        warnings: plain-word warnings that concern the whole window.
+        expected_false_flags: how many of the flags raised by this window (diffusive or drifting
+            called on a confined mode, or confined called on a flat one) are expected to be wrong.
+    """
+
+    index: int
+    opened_at_step: int
+    closed_at_step: int
+    steps: int
+    skipped_steps: int
+    planned_steps: int
+    complete: bool
+    learning_rate: float
+    effective_learning_rate: float
+    confinement_clock: float
+    diffusion_clock: float
+    optimizer: str
+    sampling: str
+    curvature: CurvatureResult
+    cost: CostResult
+    modes: tuple[ModeResult, ...]
+    warnings: tuple[str, ...] = ()
+    expected_false_flags: float = math.nan
+
+    def counts(self) -> dict[Verdict, int]:
+        """Number of modes per verdict; every verdict is a key and the values add up to the modes."""
+        found = [mode.verdict for mode in self.modes]
+        return {verdict: found.count(verdict) for verdict in Verdict}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only; non-finite numbers become ``None``."""
+        plain = _plain(dataclasses.asdict(self))
+        assert isinstance(plain, dict)
+        return {"schema": SCHEMA_VERSION, **plain}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WindowResult:
+        """Read :meth:`to_dict` back.
+
+        Raises:
+            ValueError: the data is of another schema or lacks a field; the message names it.
+        """
+        schema = data.get("schema")
+        if schema != SCHEMA_VERSION:
+            raise ValueError(
+                f"expected a window result of schema {SCHEMA_VERSION}, found {schema!r}: "
+                "read it with the version of sgd_probe that wrote it"
+            )
+        values = {key: value for key, value in data.items() if key != "schema"}
+        try:
+            values["curvature"] = CurvatureResult(**_floats(CurvatureResult, values["curvature"]))
+            values["cost"] = CostResult(**_floats(CostResult, values["cost"]))
+            values["modes"] = tuple(_mode_from(mode) for mode in values["modes"])
+            values["warnings"] = tuple(values["warnings"])
+            return cls(**_floats(cls, values))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected a whole window result, found a broken one: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Reduce ``dataclasses.asdict`` output to strict JSON types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _floats(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put NaN back where a float field reads ``null``."""
+    annotated = {f.name: f.type for f in dataclasses.fields(cls)}
+    return {
+        key: math.nan if value is None and annotated.get(key) == "float" else value
+        for key, value in values.items()
+    }
+
+
+def _interval_from(data: Mapping[str, Any]) -> Interval:
+    return Interval(**_floats(Interval, data))
+
+
+def _mode_from(data: Mapping[str, Any]) -> ModeResult:
+    values = _floats(ModeResult, data)
+    values["kind"] = ModeKind(values["kind"])
+    values["verdict"] = Verdict(values["verdict"])
+    values["marks"] = tuple(values["marks"])
+    for key in ("noise_variance", "measured_curvature", "diffusion", "diffusion_per_time"):
+        values[key] = _interval_from(values[key])
+    values["displacements"] = tuple(
+        LagPoint(**{**_floats(LagPoint, point), "measured": _interval_from(point["measured"])})
+        for point in values["displacements"]
+    )
+    return ModeResult(**values)

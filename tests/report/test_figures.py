@@ -1,0 +1,239 @@
+"""Every figure holds what the results say, and nothing that was not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sgd_probe.report.figures import (
+    Figure,
+    all_figures,
+    diffusion,
+    displacement,
+    lambda_max,
+    noise,
+    spectrum,
+    verdict_timeline,
+)
+from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus
+from sgd_probe.result import Interval, LagPoint, Verdict, WindowResult
+from tests.helpers.results import make_mode, make_window, without_numbers
+
+OKABE_ITO = {
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+    "#999999",
+}
+OF_A_WINDOW = [spectrum, displacement, noise, diffusion]
+
+
+def traces(figure: Figure) -> dict[str, dict[str, Any]]:
+    """The figure's named traces as they reach the browser."""
+    return {trace["name"]: trace for trace in json.loads(figure.plot.to_json())["data"] if "name" in trace}
+
+
+def test_every_figure_says_what_it_shows_in_which_units_and_how_to_read_it() -> None:
+    figures = all_figures([make_window(0), make_window(1)])
+    assert len({figure.name for figure in figures}) == len(figures) == 6
+    for figure in figures:
+        assert figure.title
+        assert figure.how_to_read.endswith(".")
+        assert figure.plot.layout.xaxis.title.text
+    titles = {figure.name: figure.plot.layout.yaxis.title.text for figure in figures}
+    assert "loss / weight²" in titles["spectrum"]
+    assert "weight² / optimizer step" in titles["diffusion"]
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        [make_window(modes=())],
+        [make_window(modes=(make_mode(),))],
+        [make_window(modes=tuple(without_numbers(mode) for mode in make_window().modes))],
+        [make_window(modes=(make_mode(displacements=()),)), make_window(1)],
+        [make_window(i, seed=i) for i in range(60)],
+        [replace(make_window(), curvature=replace(make_window().curvature, lambda_max=-math.inf))],
+    ],
+    ids=["no mode", "one mode", "no number", "no displacement", "many windows", "infinite"],
+)
+def test_no_result_breaks_a_figure(windows: list[WindowResult]) -> None:
+    for figure in all_figures(windows):
+        text = figure.plot.to_json()
+        assert "NaN" not in text
+        assert "Infinity" not in text
+
+
+@pytest.mark.parametrize("draw", OF_A_WINDOW)
+def test_an_empty_figure_says_so(draw: Callable[[WindowResult], Figure]) -> None:
+    assert draw(make_window(modes=())).plot.layout.annotations[0].text == "nothing was measured"
+
+
+def test_figures_without_any_window_are_refused_in_plain_words() -> None:
+    with pytest.raises(ValueError, match="expected at least one window result, found none"):
+        all_figures([])
+
+
+def test_each_verdict_has_its_own_colour_symbol_and_words() -> None:
+    assert set(VERDICT_STYLES) == set(Verdict)
+    styles = VERDICT_STYLES.values()
+    assert {style.colour for style in styles} <= OKABE_ITO
+    for attribute in ("colour", "symbol", "label", "code", "meaning"):
+        assert len({getattr(style, attribute) for style in styles}) == len(Verdict)
+
+
+@pytest.mark.parametrize("draw", [spectrum, noise, diffusion])
+def test_points_carry_the_colour_of_their_verdict(draw: Callable[[WindowResult], Figure]) -> None:
+    window = make_window()
+    drawn = traces(draw(window))
+    for verdict, count in window.counts().items():
+        style = VERDICT_STYLES[verdict]
+        assert len(drawn[style.label]["x"]) == count
+        assert drawn[style.label]["marker"]["color"] == style.colour
+
+
+def test_spectrum_shows_held_out_values_flat_ones_by_effective_curvature_and_negative_ones_hollow() -> None:
+    top = make_mode("top_01", eigenvalue=8.0, held_out_standard_error=0.5)
+    negative = make_mode("top_02", eigenvalue=-3.0, verdict=Verdict.UNSTABLE)
+    flat = make_mode("flat_01", eigenvalue=0.01, verdict=Verdict.DIFFUSIVE, effective_curvature=0.04)
+    drawn = traces(spectrum(make_window(modes=(top, negative, flat))))
+    confined, unstable, diffusive = drawn["confined"], drawn["unstable"], drawn["diffusive"]
+    assert confined["y"] == [8.0]
+    assert confined["error_y"]["array"] == [0.5]
+    assert unstable["y"] == [3.0]
+    assert unstable["marker"]["symbol"] == ["star-open"]
+    assert "−3.0" in unstable["hovertext"][0]
+    assert diffusive["y"] == [0.04]
+    assert diffusive["error_y"]["array"] == [None]
+    assert drawn["|v·Hv|, flat"]["y"] == [0.01]
+
+
+def test_displacement_shows_one_direction_per_verdict_and_leaves_the_others_to_the_legend() -> None:
+    window = make_window()
+    data = json.loads(displacement(window).plot.to_json())["data"]
+    by_mode: dict[str, list[dict[str, Any]]] = {}
+    for trace in data:
+        if "legendgroup" in trace:
+            by_mode.setdefault(trace["legendgroup"], []).append(trace)
+    assert set(by_mode) == {mode.name for mode in window.modes}
+    shown = [name for name, group in by_mode.items() if group[0]["visible"] is True]
+    assert len(shown) == len({mode.verdict for mode in window.modes})
+    for group in by_mode.values():
+        assert len({trace["visible"] for trace in group}) == 1
+        assert [trace.get("line", {}).get("dash") for trace in group] == ["solid", "dash", None]
+
+
+def test_displacement_draws_measured_points_with_intervals_beside_both_predictions() -> None:
+    points = (
+        LagPoint(1, 100, Interval(2.0, 1.5, 2.6), 2.1, 1.9),
+        LagPoint(10, 10, Interval.unknown(), math.nan, 4.0),
+    )
+    drawn = json.loads(displacement(make_window(modes=(make_mode(displacements=points),))).plot.to_json())
+    discrete, langevin, measured = drawn["data"][-3:]
+    assert (discrete["y"], langevin["y"]) == ([2.1, None], [1.9, 4.0])
+    assert measured["y"] == [2.0, None]
+    assert measured["error_y"]["array"] == pytest.approx([0.6, None])
+    assert measured["error_y"]["arrayminus"] == pytest.approx([0.5, None])
+
+
+def test_noise_line_is_proportional_to_curvature_through_the_median_ratio() -> None:
+    modes = tuple(
+        make_mode(f"top_{i:02d}", eigenvalue=curvature, noise_variance=Interval(2 * curvature, 1.0, 99.0))
+        for i, curvature in enumerate((10.0, 5.0, 1.0))
+    )
+    line = traces(noise(make_window(modes=modes)))["variance ∝ curvature"]
+    assert line["x"] == [1.0, 10.0]
+    assert line["y"] == [2.0, 20.0]
+    assert "variance ∝ curvature" not in traces(noise(make_window(modes=modes[:1])))
+
+
+def test_diffusion_shows_measured_predicted_and_free() -> None:
+    mode = make_mode(diffusion=Interval(3.0, 2.0, 5.0), predicted_diffusion=3.1, free_diffusion=7.0)
+    drawn = traces(diffusion(make_window(modes=(mode,))))
+    assert drawn["confined"]["y"] == [3.0]
+    assert drawn["confined"]["error_y"]["array"] == [2.0]
+    assert drawn["discrete prediction"]["y"] == [3.1]
+    assert drawn["free (no curvature)"]["y"] == [7.0]
+
+
+def test_timeline_has_a_row_per_name_a_column_per_window_and_gaps_where_a_mode_is_missing() -> None:
+    first = make_window(0, modes=(make_mode("top_01"), make_mode("flat_01", verdict=Verdict.DIFFUSIVE)))
+    second = make_window(1, modes=(make_mode("top_01", verdict=Verdict.UNDETERMINED), make_mode("top_02")))
+    drawn = json.loads(verdict_timeline([first, second]).plot.to_json())
+    grid = drawn["data"][0]
+    order = list(VERDICT_STYLES)
+    confined, diffusive, undetermined = (
+        order.index(v) for v in (Verdict.CONFINED, Verdict.DIFFUSIVE, Verdict.UNDETERMINED)
+    )
+    assert drawn["layout"]["yaxis"]["ticktext"] == ["top_01", "top_02", "flat_01"]
+    assert grid["z"] == [[confined, undetermined], [None, confined], [diffusive, None]]
+
+
+def test_largest_curvature_is_drawn_as_found_and_as_held_out() -> None:
+    windows = [make_window(0), make_window(1, modes=())]
+    found, held_out = json.loads(lambda_max(windows).plot.to_json())["data"]
+    assert found["y"] == [window.curvature.lambda_max for window in windows]
+    assert held_out["y"] == [windows[0].modes[0].held_out_eigenvalue, None]
+
+
+def test_names_from_a_run_are_shown_as_they_are_and_not_read_as_markup() -> None:
+    mode = make_mode("<a href='x'>top</a>" + 500 * "x")
+    for figure in all_figures([make_window(modes=(mode,))]):
+        shown = json.loads(figure.plot.to_json())
+        for trace in shown["data"]:
+            trace.pop("legendgroup", None)  # a key, never shown
+        assert "<a href" not in json.dumps(shown)
+        assert 30 * "x" not in json.dumps(shown)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.00"),
+        (1260.4, "1260"),
+        (-1.9, "−1.90"),
+        (0.00123, "0.00123"),
+        (1.234e-7, "1.23\u00a0×\u00a010⁻⁷"),
+        (math.nan, "unknown"),
+        (math.inf, "unknown"),
+    ],
+)
+def test_numbers_are_written_for_people(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize("value", [5e-324, -2.2e-308, sys.float_info.max])
+def test_the_ends_of_the_float_range_can_be_written(value: float) -> None:
+    assert "× 10".replace(" ", "\u00a0") in number(value)
+
+
+def test_uncertainties_share_the_power_of_ten_of_their_value() -> None:
+    assert plus_minus(12.34, 0.56) == "12.3\u00a0±\u00a00.6"
+    assert plus_minus(1e-6, 2e-7) == "(1.00\u00a0±\u00a00.20)\u00a0×\u00a010⁻⁶"
+    assert plus_minus(1.0, math.nan) == "1.00"
+    assert interval(Interval(2e-5, 1e-5, 4e-5)) == "2.00 [1.00,\u00a04.00]\u00a0×\u00a010⁻⁵"
+    assert interval(Interval.unknown()) == "unknown"
+
+
+def test_headline_counts_every_verdict_in_plain_words() -> None:
+    modes = (make_mode("top_01"), make_mode("top_02"), make_mode("flat_01", verdict=Verdict.NO_NOISE))
+    window = make_window(modes=modes, opened_at_step=4000, closed_at_step=5000)
+    assert headline(window) == "2 confined, 1 without noise in the last window (steps 4000–5000)"
+    assert headline(make_window(modes=())).startswith("No modes in the last window")
+
+
+def test_importing_the_package_and_the_command_line_brings_neither_plotly_nor_torch() -> None:
+    code = "import sys, sgd_probe, sgd_probe.cli; assert not {'plotly', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
