@@ -170,20 +170,19 @@ def _train(arguments: argparse.Namespace, output: Path) -> tuple[list[WindowResu
         curvature_batches=8,
         run_dir=output / "sgd_probe",
     )
+    logger = WandbLogger(project="sgd-probe-demo", save_dir=output, offline=True)
     trainer = pl.Trainer(
         max_steps=approach + watch,
         max_epochs=-1,
         accelerator="cpu",
         callbacks=[probe, TQDMProgressBar(refresh_rate=100)],
-        logger=WandbLogger(project="sgd-probe-demo", save_dir=output, offline=True),
+        logger=logger,
         enable_checkpointing=False,
         enable_model_summary=False,
         log_every_n_steps=50,
     )
     trainer.fit(module, digits_loader())
-    import wandb
-
-    wandb.finish()
+    logger.experiment.finish()
     return probe.results, losses
 
 

@@ -20,6 +20,8 @@ MIN_SAMPLES, MAX_SAMPLES = 128, 2_048
 MAX_BATCHES = 32
 #: Longest window that "auto" chooses, in optimizer steps.
 MAX_WINDOW = 2_000
+#: The pace of the training is measured over so many steps, after the slow first ones.
+WARM_UP_STEPS, PACE_STEPS = 5, 20
 #: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
 MARGIN = 1.25
 
@@ -111,21 +113,27 @@ class Schedule:
     Args:
         config: the knobs.
         first_step: optimizer steps done when the fit began.
-        planned_steps: optimizer steps of the whole run, or infinity.
+        planned_steps: optimizer steps done when the run will have ended, or infinity.
+
+    Attributes:
+        opened: windows opened so far.
+        unaffordable: at the pace of the training, not even one window is within its budget.
     """
 
     def __init__(self, config: ProbeConfig, first_step: int, planned_steps: float) -> None:
         self._config = config
         self._planned = planned_steps
         self._first = self._next = first_step
+        self._pace_from: tuple[int, float] | None = None
         self.opened = 0
+        self.unaffordable = False
 
     def steps_left(self, step: int) -> float:
         """Optimizer steps until the end of the run, or infinity."""
         return self._planned - step
 
     def due(self, step: int, spent: float, window_cost: float, training: float) -> bool:
-        """Whether a window may open before the next optimizer step.
+        """Whether a window may open before the next optimizer step; ask before every step.
 
         Args:
             step: optimizer steps done.
@@ -133,16 +141,23 @@ class Schedule:
             window_cost: estimated seconds of one more window.
             training: training seconds so far, without the probe's.
         """
+        if self._pace_from is None and step >= self._first + WARM_UP_STEPS:
+            self._pace_from = step, training
         if step < self._next or self.steps_left(step) < MIN_WINDOW:
             return False
         if self._config.every_n_steps is not None:
             return True
+        budget = self._config.max_overhead
         if self.opened > 0:
-            return spent + window_cost <= self._config.max_overhead * training
-        if window_cost <= self._config.grace_seconds or step == self._first:
+            return spent + window_cost <= budget * training
+        if window_cost <= self._config.grace_seconds or math.isinf(self._planned):
             return True
-        whole = training * (self._planned - self._first) / (step - self._first)
-        return spent + window_cost <= self._config.max_overhead * whole
+        if self._pace_from is None or step < self._pace_from[0] + PACE_STEPS:
+            return False
+        from_step, from_seconds = self._pace_from
+        whole = (self._planned - self._first) * (training - from_seconds) / (step - from_step)
+        self.unaffordable = spent + window_cost > budget * whole
+        return not self.unaffordable
 
     def open(self, step: int) -> None:
         """Note that a window opens now."""

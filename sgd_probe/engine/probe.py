@@ -292,7 +292,7 @@ class ProbeEngine:
 
     def _window_due(self, step: int) -> bool:
         due = self._schedule.due(step, self.ledger.spent, self._window_seconds, self.ledger.training)
-        if not due and self._schedule.opened == 0 and not self._over_budget_said:
+        if self._schedule.unaffordable and not self._over_budget_said:
             self._over_budget_said = True
             log.warning(
                 "sgd_probe: no window opens yet: one takes about %.1f s, more than max_overhead=%g allows "
@@ -409,7 +409,13 @@ class ProbeEngine:
             window.decay_since = projection.decay
 
     def _end_eigenvalues(self, window: _Window) -> tuple[float, ...]:
-        if not np.allclose(window.projector.displacement(), window.position, rtol=1e-3, atol=1e-7):
+        displacement = window.projector.displacement()
+        if not np.isfinite(displacement).all():
+            window.warnings.append(
+                "The weights are no longer finite: the curvature at the window's end could not be measured."
+            )
+            return ()
+        if not np.allclose(displacement, window.position, rtol=1e-3, atol=1e-7):
             window.warnings.append(
                 "The weights were changed outside the optimizer's steps (by weight averaging, perhaps): the "
                 "curvature at the window's end was not measured."

@@ -180,7 +180,6 @@ class SGDProbe(Callback):
         )
         self._planned, self._stepped = False, True
         self._hook = optimizer.register_step_post_hook(lambda *_: self._on_optimizer_step())
-        self._sinks = SinkGroup(self._make_sinks(trainer), self._strict)
 
     @_guarded
     def on_train_batch_start(
@@ -247,6 +246,7 @@ class SGDProbe(Callback):
         assert self._engine is not None
         announce(trainer, "sgd_probe: " + "\n  ".join(plan))
         space = self._engine.space
+        self._sinks = SinkGroup(self._make_sinks(trainer), self._strict)
         self._sinks.start(
             RunInfo(
                 name=self.name,
