@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sgd_probe.result import ModeKind, ModeResult, Verdict, WindowResult
 
@@ -27,9 +27,19 @@ LEARNING_RATE = 0.1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-3
 BATCH_SIZE = 64
-#: Steps with momentum, steps of plain SGD, and the length of a window.
-APPROACH_STEPS, WATCH_STEPS, WINDOW = 6_000, 3_600, 1_000
-QUICK_APPROACH_STEPS, QUICK_WATCH_STEPS, QUICK_WINDOW = 3_000, 700, 600
+
+
+class _Length(NamedTuple):
+    """Optimizer steps: with momentum, of plain SGD, of a window, and from window to window."""
+
+    approach: int
+    watch: int
+    window: int
+    period: int
+
+
+FULL = _Length(approach=7_000, watch=6_400, window=1_000, period=2_400)
+QUICK = _Length(approach=3_000, watch=700, window=600, period=1_500)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +138,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sgd-probe demo", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--output", default="demo_run", help="folder of the results (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a shorter run with one window")
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
     return parser.parse_args(argv)
 
 
@@ -154,25 +164,21 @@ def _train(arguments: argparse.Namespace, output: Path) -> tuple[list[WindowResu
 
     from sgd_probe import SGDProbe
 
-    approach, watch, window = (
-        (QUICK_APPROACH_STEPS, QUICK_WATCH_STEPS, QUICK_WINDOW)
-        if arguments.quick
-        else (APPROACH_STEPS, WATCH_STEPS, WINDOW)
-    )
+    length = QUICK if arguments.quick else FULL
     pl.seed_everything(arguments.seed, verbose=False)
     losses: list[float] = []
-    module = digits_module(approach, losses)
+    module = digits_module(length.approach, losses)
     probe = SGDProbe(
         top=10,
         flat=4,
-        window=window,
-        every_n_steps=approach // 2 if arguments.quick else window + 200,
+        window=length.window,
+        every_n_steps=length.period,
         curvature_batches=8,
         run_dir=output / "sgd_probe",
     )
     logger = WandbLogger(project="sgd-probe-demo", save_dir=output, offline=True)
     trainer = pl.Trainer(
-        max_steps=approach + watch,
+        max_steps=length.approach + length.watch,
         max_epochs=-1,
         accelerator="cpu",
         callbacks=[probe, TQDMProgressBar(refresh_rate=100)],

@@ -7,10 +7,13 @@ random number generator that the program can be expected to use, are what they w
 
 from __future__ import annotations
 
+import argparse
 import collections
 import random
 import sys
-from collections.abc import Callable, Iterator
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Restore = Callable[[], None]
 
@@ -33,6 +39,8 @@ _FRAMEWORKS = frozenset(
         "sgd_probe",
     }
 )
+#: Python's own classes that people keep their own state in.
+_PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
 #: Longer containers are restored as a whole; their elements are not looked into one by one.
 _MAX_ELEMENTS = 10_000
 
@@ -48,6 +56,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for restore in restores:
             stack.callback(restore)
+        for parameter in module.parameters():
+            parameter.grad = None  # set aside: a backward pass in the body would add into it
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -55,6 +65,25 @@ def isolated(module: nn.Module) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def rehearsed(module: nn.Module) -> Iterator[set[nn.Parameter]]:
+    """Let the body run the user's code once; what it does to ``module``, weights included, is undone.
+
+    Weights are copied just before the first write to them (a teacher that follows its student,
+    prototypes that are normalised), so those that nobody writes to cost nothing.
+
+    Yields:
+        The parameters that the body wrote to: complete on exit.
+    """
+    restore, guard = capture_module(module), _WriteGuard(module.parameters())
+    try:
+        with guard:
+            yield guard.written
+    finally:
+        guard.restore()
+        restore()
 
 
 def seed_all(seed: int) -> None:
@@ -88,7 +117,7 @@ def capture_module(module: nn.Module) -> Restore:
     That is, for it and every submodule: its attributes (containers, counters, generators and plain
     objects are looked into; metric states are attributes), buffers with their values, parameters
     with their ``grad`` and ``requires_grad``, the mode flag and the hooks. Values of parameters are
-    not copied: probes evaluate on aliases and never write to them.
+    not copied: see :func:`rehearsed`.
     """
     return _Capture().module(module)
 
@@ -99,56 +128,77 @@ class _Capture:
     def __init__(self) -> None:
         self._restores: list[Restore] = []
         self._seen: dict[int, Any] = {}  # the object is kept: a freed one could hand its id on
+        self._pending: list[Any] = []
 
     def module(self, module: nn.Module) -> Restore:
-        self._visit(module)
+        self._pending.append(module)
+        while self._pending:
+            self._visit(self._pending.pop())
         return self._restore
 
     def _restore(self) -> None:
-        for restore in self._restores:
-            restore()
+        with ExitStack() as stack:  # runs them all, also where one fails
+            for restore in self._restores:
+                stack.callback(restore)
 
     def _visit(self, value: Any) -> None:
-        if isinstance(value, str | bytes | int | float | complex | type | None) or id(value) in self._seen:
+        if type(value) in weakref.ProxyTypes or id(value) in self._seen:
+            return
+        if isinstance(value, str | bytes | int | float | complex | type | None):
             return
         self._seen[id(value)] = value
-        if isinstance(value, nn.Parameter):
-            self._parameter(value)
-        elif isinstance(value, Tensor):
+        if isinstance(value, Tensor):
             self._tensor(value)
         elif isinstance(value, nn.Module):
             self._attributes(value)
         elif isinstance(value, np.ndarray):
-            saved = value.copy()
-            self._restores.append(lambda: np.copyto(value, saved))
+            self._array(value)
         elif isinstance(value, dict):
             self._dict(value)
         elif isinstance(value, list | collections.deque):
             self._sequence(value)
         elif isinstance(value, set):
             self._set(value)
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple | frozenset):
             self._elements(value)
         elif not self._generator(value) and _is_users(value):
             self._attributes(value)
 
-    def _parameter(self, parameter: nn.Parameter) -> None:
-        grad, requires_grad = parameter.grad, parameter.requires_grad
+    def _tensor(self, tensor: Tensor) -> None:
+        if tensor.is_leaf:
+            self._leaf(tensor)
+        if not _is_plain(tensor):
+            return
+        # Through .data: the user's autograd bookkeeping (version counters) stays as it was.
+        home = tensor.data
+        written = home[tuple(slice(None) if stride else slice(1) for stride in home.stride())]
+        saved = None if isinstance(tensor, nn.Parameter) else written.clone()
 
         def restore() -> None:
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
-            if parameter.grad is not grad:
-                parameter.grad = grad
+            if not tensor.is_set_to(home):
+                tensor.data = home
+            if saved is not None:
+                written.copy_(saved)
 
         self._restores.append(restore)
 
-    def _tensor(self, tensor: Tensor) -> None:
-        if tensor.is_inference() or tensor.layout is not torch.strided or tensor.device.type == "meta":
-            return
-        saved = tensor.detach().clone()
-        # Through .data: the user's autograd bookkeeping (version counters) stays as it was.
-        self._restores.append(lambda: tensor.data.copy_(saved))  # type: ignore[arg-type]
+    def _leaf(self, tensor: Tensor) -> None:
+        grad, requires_grad = tensor.grad, tensor.requires_grad
+
+        def restore() -> None:
+            if not tensor.is_leaf:
+                tensor.detach_()  # written to in place by what needs a gradient
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+        self._restores.append(restore)
+
+    def _array(self, array: np.ndarray[Any, Any]) -> None:
+        if array.flags.writeable:
+            saved = array.copy()
+            self._restores.append(lambda: np.copyto(array, saved))
 
     def _dict(self, mapping: dict[Any, Any]) -> None:
         saved = list(mapping.items())
@@ -162,7 +212,7 @@ class _Capture:
                 mapping.update(saved)
 
         self._restores.append(restore)
-        self._elements(value for _, value in saved[: _MAX_ELEMENTS + 1])
+        self._elements([value for _, value in saved])
 
     def _set(self, value: set[Any]) -> None:
         members = set(value)
@@ -173,6 +223,7 @@ class _Capture:
                 value.update(members)
 
         self._restores.append(restore)
+        self._elements(members)
 
     def _sequence(self, sequence: Any) -> None:
         saved = list(sequence)
@@ -183,24 +234,36 @@ class _Capture:
                 sequence.extend(saved)
 
         self._restores.append(restore)
-        self._elements(saved[: _MAX_ELEMENTS + 1])
+        self._elements(saved)
 
     def _elements(self, values: Any) -> None:
-        values = list(values)
         if len(values) <= _MAX_ELEMENTS:
-            for value in values:
-                self._visit(value)
+            self._pending.extend(values)
 
     def _attributes(self, owner: Any) -> None:
-        self._dict(vars(owner))
-        # Restoring a module's tables in place keeps the very dict objects that others may hold.
-        for value in list(vars(owner).values()):
-            self._visit(value)
+        if hasattr(owner, "__dict__"):
+            # Restoring a module's tables in place keeps the very dict objects that others may hold.
+            self._dict(vars(owner))
+        saved = _slots(owner)
+
+        def restore() -> None:
+            now = _slots(owner)
+            for name in now.keys() - saved.keys():
+                object.__delattr__(owner, name)
+            for name, value in saved.items():
+                if name not in now or now[name] is not value:
+                    object.__setattr__(owner, name, value)
+
+        if saved:
+            self._restores.append(restore)
+            self._elements(saved.values())
 
     def _generator(self, value: Any) -> bool:
         if isinstance(value, torch.Generator):
             torch_state = value.get_state()
             self._restores.append(lambda: value.set_state(torch_state))  # type: ignore[arg-type]
+        elif isinstance(value, random.SystemRandom):
+            pass  # the one generator without a state
         elif isinstance(value, random.Random):
             python_state = value.getstate()
             self._restores.append(lambda: value.setstate(python_state))
@@ -215,13 +278,68 @@ class _Capture:
         return True
 
 
+class _WriteGuard(TorchDispatchMode):
+    """Sees every operator that writes in place, and keeps what a parameter was before the first one."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written: set[nn.Parameter] = set()
+        self._homes = {p: p.data for p in parameters if _is_plain(p)}
+        self._saved: dict[nn.Parameter, Tensor] = {}
+        self._owners: dict[int, list[nn.Parameter]] = {}
+        for parameter, home in self._homes.items():
+            self._owners.setdefault(home.untyped_storage().data_ptr(), []).append(parameter)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+            for argument in schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(tree_leaves(named.get(argument.name)))
+        return func(*args, **kwargs)
+
+    def _keep(self, targets: Iterable[Any]) -> None:
+        for target in targets:
+            if isinstance(target, Tensor) and _is_plain(target):
+                for parameter in self._owners.get(target.untyped_storage().data_ptr(), ()):
+                    if parameter not in self._saved:
+                        self._saved[parameter] = self._homes[parameter].clone()
+                        self.written.add(parameter)
+
+    def restore(self) -> None:
+        for parameter, home in self._homes.items():
+            if not parameter.is_set_to(home):
+                parameter.data = home
+                self.written.add(parameter)
+        for parameter, saved in self._saved.items():
+            self._homes[parameter].copy_(saved)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """A tensor with values of its own that can be written to."""
+    strided = tensor.layout is torch.strided and tensor.device.type != "meta"
+    return strided and not is_lazy(tensor) and not tensor.is_inference()
+
+
+def _slots(owner: Any) -> dict[str, Any]:
+    """Attributes that an object keeps outside of its ``__dict__``."""
+    state = object.__getstate__(owner)
+    return state[1] if isinstance(state, tuple) else {}
+
+
 def _is_users(value: Any) -> bool:
     """A plain object of the user's (an average meter, an augmentation), not a framework's or Python's.
 
     What derives from a framework's class (a dataset, a data module, an optimizer) is not state of the
     training step, and may be large.
     """
-    if not hasattr(value, "__dict__") or type(value).__module__ in sys.stdlib_module_names:
-        return False
-    roots = {base.__module__.partition(".")[0] for base in type(value).__mro__}
-    return not roots & _FRAMEWORKS
+    roots = [base.__module__.partition(".")[0] for base in type(value).__mro__]
+    if roots[0] in sys.stdlib_module_names:
+        return isinstance(value, _PLAIN)
+    return _FRAMEWORKS.isdisjoint(roots)

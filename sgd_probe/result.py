@@ -91,7 +91,7 @@ class ModeResult:
         relaxation_times: predicted number of relaxation times in the window (kappa), from the
             curvature at its start, weight decay included: curvature times the confinement clock.
         noise_variance: variance of the used gradient along the mode (residual of g on 1 and x).
-        noise_kurtosis: kurtosis of that residual (3 for Gaussian noise).
+        noise_kurtosis: kurtosis of the used gradient along the mode (3 for Gaussian noise).
         noise_share: noise variance over that of a random direction at the window's start.
         measured_curvature: slope of the used gradient on the displacement with its interval; only
             for confined modes (for a flat mode this slope is an artefact), else NaN.
@@ -261,8 +261,11 @@ class WindowResult:
         """Read :meth:`to_dict` back.
 
         Raises:
-            ValueError: the data is of another schema or lacks a field; the message names it.
+            ValueError: the data is of another schema, lacks a field or holds a wrong one; the message
+                names it.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"expected a window result as a JSON object, found {type(data).__name__}")
         schema = data.get("schema")
         if schema != SCHEMA_VERSION:
             raise ValueError(
@@ -271,12 +274,14 @@ class WindowResult:
             )
         values = {key: value for key, value in data.items() if key != "schema"}
         try:
-            values["curvature"] = CurvatureResult(**_floats(CurvatureResult, values["curvature"]))
-            values["cost"] = CostResult(**_floats(CostResult, values["cost"]))
-            values["modes"] = tuple(_mode_from(mode) for mode in values["modes"])
-            values["warnings"] = tuple(values["warnings"])
-            return cls(**_floats(cls, values))
-        except (KeyError, TypeError) as error:
+            values["curvature"] = CurvatureResult(**_fields(CurvatureResult, values["curvature"]))
+            values["cost"] = CostResult(**_fields(CostResult, values["cost"]))
+            values["modes"] = tuple(_mode_from(mode) for mode in _list("modes", values["modes"]))
+            values["warnings"] = _texts("warnings", values["warnings"])
+            return cls(**_fields(cls, values))
+        except KeyError as error:
+            raise ValueError(f"expected a whole window result, found none of its {error}") from error
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"expected a whole window result, found a broken one: {error}") from error
 
 
@@ -293,28 +298,52 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _floats(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put NaN back where a float field reads ``null``."""
-    annotated = {f.name: f.type for f in dataclasses.fields(cls)}
-    return {
-        key: math.nan if value is None and annotated.get(key) == "float" else value
-        for key, value in values.items()
-    }
+_KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
 
 
-def _interval_from(data: Mapping[str, Any]) -> Interval:
-    return Interval(**_floats(Interval, data))
+def _fields(cls: type, values: Any) -> dict[str, Any]:
+    """Check the plain fields of a class, and put NaN back where a float field reads ``null``."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{cls.__name__} should be an object, not {values!r}")
+    kinds = {f.name: _KINDS.get(str(f.type)) for f in dataclasses.fields(cls)}
+    return {key: _checked(kinds.get(key), key, value) for key, value in values.items()}
 
 
-def _mode_from(data: Mapping[str, Any]) -> ModeResult:
-    values = _floats(ModeResult, data)
+def _checked(kind: type | None, name: str, value: Any) -> Any:
+    if kind is None:
+        return value
+    if kind is float:
+        value = math.nan if value is None else float(value) if type(value) is int else value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} should be of type {kind.__name__}, not {value!r}")
+    return value
+
+
+def _list(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name} should be a list, not {values!r}")
+    return list(values)
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    return tuple(_checked(str, name, value) for value in _list(name, values))
+
+
+def _interval_from(data: Any) -> Interval:
+    return Interval(**_fields(Interval, data))
+
+
+def _mode_from(data: Any) -> ModeResult:
+    values = _fields(ModeResult, data)
     values["kind"] = ModeKind(values["kind"])
     values["verdict"] = Verdict(values["verdict"])
-    values["marks"] = tuple(values["marks"])
+    values["marks"] = _texts("marks", values["marks"])
+    shares = dict(values["layer_shares"])
+    values["layer_shares"] = {name: _checked(float, name, share) for name, share in shares.items()}
     for key in ("noise_variance", "measured_curvature", "diffusion", "diffusion_per_time"):
         values[key] = _interval_from(values[key])
     values["displacements"] = tuple(
-        LagPoint(**{**_floats(LagPoint, point), "measured": _interval_from(point["measured"])})
-        for point in values["displacements"]
+        LagPoint(**{**_fields(LagPoint, point), "measured": _interval_from(point["measured"])})
+        for point in _list("displacements", values["displacements"])
     )
     return ModeResult(**values)

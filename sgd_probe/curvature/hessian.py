@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.space import ParameterSpace
-from sgd_probe.isolation import seed_all
+from sgd_probe.isolation import rehearsed, seed_all
 
 #: The training loss of a module on one batch; the third argument is the batch index.
 LossFunction: TypeAlias = Callable[[nn.Module, Any, int], Tensor]
@@ -109,15 +109,14 @@ class HessianOperator:
         total = torch.zeros_like(vector)
         for weight, product in self.matvec_per_batch(vector):
             total.add_(product, alpha=weight)
-        if not bool(torch.isfinite(total).all()):
-            raise CurvatureError(
-                "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its "
-                "second derivative at these weights"
-            )
         return total
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Weight and product of every batch in turn; the weights add up to one."""
+        """Weight and product of every batch in turn; the weights add up to one.
+
+        Raises:
+            CurvatureError: a product is not finite.
+        """
         self.products += 1
         pieces = self.space.split(vector)
         for index in range(len(self.batches)):
@@ -128,7 +127,13 @@ class HessianOperator:
                 product = torch.autograd.grad(
                     outputs, graph.aliases, vectors, retain_graph=self._retain, allow_unused=True
                 )
-                yield graph.weight, self.space.flatten(product)
+                flat = self.space.flatten(product)
+                if not bool(torch.isfinite(flat).all()):
+                    raise CurvatureError(
+                        "expected a finite Hessian-vector product, found inf or nan: the loss overflows in "
+                        "its second derivative at these weights"
+                    )
+                yield graph.weight, flat
             else:  # a loss that is linear in the weights
                 yield graph.weight, torch.zeros_like(vector)
 
@@ -147,8 +152,7 @@ class HessianOperator:
         return graph
 
     def _build(self, batch: CurvatureBatch) -> _Graph:
-        aliases = [parameter.detach().requires_grad_() for parameter in self.space.parameters]
-        loss = self._caller.loss(self.space.names, aliases, batch)
+        aliases, loss = self._caller.loss(self.space, batch)
         gradient = torch.autograd.grad(
             loss, aliases, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -162,26 +166,45 @@ class _Caller(nn.Module):
         super().__init__()
         self.module = module
         self._loss = loss
+        self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
 
     def forward(self, batch: Any, index: int) -> Tensor:
         return self._loss(self.module, batch, index)
 
-    def loss(self, names: Sequence[str], aliases: Sequence[Tensor], batch: CurvatureBatch) -> Tensor:
-        replaced = {f"module.{name}": alias for name, alias in zip(names, aliases, strict=True)}
-        # Buffers too: running statistics then change on clones.
-        replaced |= {f"module.{name}": b.detach().clone() for name, b in self.module.named_buffers()}
-        seed_all(batch.seed)
-        loss = functional_call(self, replaced, (batch.thaw(), batch.index))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
-        if not math.isfinite(float(loss.detach())):
-            raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
-        if not loss.requires_grad:
-            raise CurvatureError(
-                "expected a loss that depends on the probed parameters, found one that needs no gradient"
-            )
-        return loss.reshape(())
+    def loss(self, space: ParameterSpace, batch: CurvatureBatch) -> tuple[list[Tensor], Tensor]:
+        """Aliases of the probed parameters, and the loss as a function of them."""
+        known = -1
+        while known != len(self._written):
+            known = len(self._written)
+            aliases = [self._alias(parameter).requires_grad_() for parameter in space.parameters]
+            replaced = dict(zip(space.names, aliases, strict=True))
+            # Buffers, and weights that are written to, change on clones: a graph would see them change.
+            for name, parameter in self.module.named_parameters():
+                if parameter in self._written:
+                    replaced.setdefault(name, self._alias(parameter).requires_grad_(parameter.requires_grad))
+            replaced |= {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+            seed_all(batch.seed)
+            with rehearsed(self.module) as written:
+                inputs = {f"module.{name}": tensor for name, tensor in replaced.items()}
+                loss = functional_call(self, inputs, (batch.thaw(), batch.index))
+            self._written |= written
+        return aliases, _checked(loss)
+
+    def _alias(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().clone() if parameter in self._written else parameter.detach()
+
+
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
+    if not math.isfinite(float(loss.detach())):
+        raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
+    if not loss.requires_grad:
+        raise CurvatureError(
+            "expected a loss that depends on the probed parameters, found one that needs no gradient"
+        )
+    return loss.reshape(())
 
 
 def gradient_noise_trace(operator: HessianOperator) -> float:

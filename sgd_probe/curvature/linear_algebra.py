@@ -25,7 +25,7 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
     whole = vector.numel() // CHUNK * CHUNK
     total = (rows[:, whole:] @ vector[whole:]).double()
     if whole:
-        blocks = rows[:, :whole].reshape(len(rows), -1, CHUNK).transpose(0, 1)
+        blocks = rows[:, :whole].reshape(len(rows), whole // CHUNK, CHUNK).transpose(0, 1)
         total += (blocks @ vector[:whole].view(-1, CHUNK, 1)).squeeze(-1).double().sum(0)
     return total
 

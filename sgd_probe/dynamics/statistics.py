@@ -54,6 +54,11 @@ class WindowStatistics:
     lag_square: Array
     lag_count: NDArray[np.int64]
 
+    @property
+    def equal_steps(self) -> float:
+        """Steps of one size that would drive both clocks as far: L^2 / S2; 0 where nothing moved."""
+        return self.confinement_clock**2 / self.diffusion_clock if self.diffusion_clock > 0 else 0.0
+
     @classmethod
     def empty(cls, modes: int, planned_steps: int) -> WindowStatistics:
         """The statistics of no step yet; lags go up to a half of the planned length."""

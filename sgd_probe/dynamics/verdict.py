@@ -24,6 +24,9 @@ FALSE_CONFINED_RATE = 0.05
 FALSE_FREE_RATE = 0.02
 #: Fewer steps cannot carry the rule.
 MIN_STEPS = 50
+#: Nor can a schedule so steep that fewer steps of one size would do as much: 20 relaxation times in
+#: them would be unstable.
+MIN_EQUAL_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,33 @@ class Judgement:
     reason: str
 
 
+def too_short(statistics: WindowStatistics) -> str:
+    """Why a window cannot carry the rule; "" where it can."""
+    if statistics.steps < MIN_STEPS:
+        return f"only {statistics.steps} steps were observed, {MIN_STEPS} are needed"
+    if not statistics.diffusion_clock > 0:
+        return "the learning rate was zero"
+    if statistics.equal_steps < MIN_EQUAL_STEPS:
+        return (
+            "the learning rate changed so much that the window counts no more than "
+            f"{statistics.equal_steps:.0f} equal steps, {MIN_EQUAL_STEPS} are needed"
+        )
+    return ""
+
+
 def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
     """Evidence for every mode.
 
     Args:
-        statistics: of a window with at least :data:`MIN_STEPS` used steps.
+        statistics: of a window that is not :func:`too_short`.
         momentum: of heavy ball; enters the prior width of the unknown centre.
 
     Raises:
         ValueError: the window is too short.
     """
-    if statistics.steps < MIN_STEPS:
-        raise ValueError(f"expected at least {MIN_STEPS} used steps, found {statistics.steps}")
+    why = too_short(statistics)
+    if why:
+        raise ValueError(f"expected a window that can carry the rule, but {why}")
     steps, clock = statistics.steps, statistics.confinement_clock
     rate = CONFINED_RELAXATION_TIMES / clock
     # lambda*^2 V / sigma^2 of the stationary state: how wide the centre may lie, in units of the noise.

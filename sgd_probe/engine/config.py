@@ -22,7 +22,7 @@ class ProbeConfig:
             show 20 relaxation times, as short as the flat ones need to stay flat.
         max_overhead: the probe's share of the training's wall time, in (0, 1).
         every_n_steps: open a window every so many optimizer steps, whatever it costs; None keeps
-            to ``max_overhead``. It makes a run reproducible.
+            to ``max_overhead``. It makes a run reproducible. At least ``window``.
         grace_seconds: a run too short for its budget still gets one window, if that takes no longer.
         curvature_batches: training batches in each of the two curvature sets, or "auto".
         tolerance: residual bound of the top modes relative to |lambda_1|. 1e-2 gives eigenvalues to
@@ -63,10 +63,11 @@ class ProbeConfig:
             if not check(value):
                 raise ValueError(f"expected `{name}` to be {wanted}, found {value!r}")
         period = self.every_n_steps
-        if period is not None and isinstance(self.window, int) and period < self.window:
+        shortest = MIN_WINDOW if self.window == "auto" else self.window
+        if period is not None and period < shortest:
             raise ValueError(
-                "expected `every_n_steps` to be at least `window`, found "
-                f"every_n_steps={period} and window={self.window}: windows do not overlap"
+                f"expected `every_n_steps` to be at least `window`, {shortest} steps or more, found "
+                f"every_n_steps={period} and window={self.window!r}: windows do not overlap"
             )
 
 

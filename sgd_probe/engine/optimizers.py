@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,33 +69,36 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = [group_of[id(parameter)] for parameter in parameters]
-    rate = float(groups[0]["lr"])
     if not isinstance(optimizer, torch.optim.SGD):
         why = "its steps are not proportional to the gradient, so plain Hessian modes do not move alone"
-        return OptimizerState(name, rate, 0.0, 0.0, (0.0,) * len(groups), why)
-    settings = {
-        (
-            float(g["lr"]),
-            float(g["momentum"]),
-            float(g["dampening"]),
-            bool(g["nesterov"]),
-            bool(g["maximize"]),
-        )
-        for g in groups
-    }
-    rate, momentum, dampening, nesterov, maximize = (
-        float(groups[0]["lr"]),
-        float(groups[0]["momentum"]),
-        float(groups[0]["dampening"]),
-        bool(groups[0]["nesterov"]),
-        bool(groups[0]["maximize"]),
-    )
-    withheld = ""
-    if len(settings) > 1:
-        withheld = "parameter groups differ in learning rate or momentum, so Hessian modes do not move alone"
-    elif nesterov:
-        withheld = "Nesterov momentum is not covered yet"
-    elif maximize:
-        withheld = "it maximises the loss"
+        return OptimizerState(name, float(groups[0]["lr"]), 0.0, 0.0, (0.0,) * len(groups), why)
+    settings = [_Settings.of(group) for group in groups]
+    first = settings[0]
     decays = tuple(float(group["weight_decay"]) for group in groups)
-    return OptimizerState(name, rate, momentum, dampening if momentum else 0.0, decays, withheld)
+    if not (0 <= first.momentum < 1 and 0 <= first.dampening < 1):
+        why = "its momentum or dampening lies outside [0, 1)"
+        return OptimizerState(name, first.learning_rate, 0.0, 0.0, decays, why)
+    withheld = ""
+    if len(set(settings)) > 1:
+        withheld = "parameter groups differ in learning rate or momentum, so Hessian modes do not move alone"
+    elif first.nesterov:
+        withheld = "Nesterov momentum is not covered yet"
+    elif first.maximize:
+        withheld = "it maximises the loss"
+    return OptimizerState(name, first.learning_rate, first.momentum, first.dampening, decays, withheld)
+
+
+class _Settings(NamedTuple):
+    """What must agree over the groups of an SGD; without momentum the dampening does nothing."""
+
+    learning_rate: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    maximize: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> _Settings:
+        momentum = float(group["momentum"])
+        dampening = float(group["dampening"]) if momentum else 0.0
+        return cls(float(group["lr"]), momentum, dampening, bool(group["nesterov"]), bool(group["maximize"]))

@@ -11,6 +11,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -66,19 +67,21 @@ def read_sampling(loader: Any, choice: SamplingChoice = "auto") -> Sampling:
 def _read(loader: Any) -> Sampling:
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return Sampling("unknown")
-    batch_sampler = loader.batch_sampler
+    batch_sampler, samples = loader.batch_sampler, _length(loader.dataset)
     if not isinstance(batch_sampler, BatchSampler):
-        return Sampling("unknown", samples=_length(loader.dataset), batches=_length(loader))
+        return Sampling("unknown", samples=samples, batches=_length(loader))
     sampler = batch_sampler.sampler
     if isinstance(sampler, RandomSampler | WeightedRandomSampler):
         scheme = "with_replacement" if sampler.replacement else "without_replacement"
+    elif isinstance(sampler, SubsetRandomSampler):
+        scheme, samples = "without_replacement", len(sampler)
     elif isinstance(sampler, SequentialSampler):
         scheme = "ordered"
     else:
         scheme = "unknown"
     return Sampling(
         scheme,
-        samples=_length(loader.dataset),
+        samples=samples,
         batch_size=batch_sampler.batch_size,
         batches=_length(loader),
         drop_last=batch_sampler.drop_last,

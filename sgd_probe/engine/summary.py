@@ -16,11 +16,11 @@ from sgd_probe.dynamics.diffusion import (
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.dynamics.verdict import (
     CONFINED_RELAXATION_TIMES,
-    MIN_STEPS,
     Evidence,
     Judgement,
     expected_false_flags,
     judge,
+    too_short,
     weigh,
 )
 from sgd_probe.engine.optimizers import OptimizerState
@@ -45,6 +45,8 @@ STABILITY_MARGIN = 0.9
 HEAVY_TAILS = 10.0
 #: A mode whose curvature changes by more than this share during the window is marked.
 CURVATURE_CHANGE = 0.5
+#: The rule's rates were measured on windows of at least so many memories 1 / (1 - mu) of the momentum.
+MIN_MEMORIES = 20
 _Z95 = 1.96
 
 
@@ -106,7 +108,7 @@ def summarise(measured: Measured) -> WindowResult:
     statistics, basis = measured.statistics, measured.basis
     steps = statistics.steps
     evidences: Sequence[Evidence | None] = [None] * len(basis.modes)
-    if steps >= MIN_STEPS and statistics.diffusion_clock > 0:
+    if not too_short(statistics):
         evidences = weigh(statistics, measured.optimizer.momentum)
     modes = tuple(_mode(measured, index, evidences[index]) for index in range(len(basis.modes)))
     clock, square = statistics.confinement_clock, statistics.diffusion_clock
@@ -149,9 +151,7 @@ def summarise(measured: Measured) -> WindowResult:
 
 def _withheld(measured: Measured) -> str:
     """Why no mode of this window gets a verdict; "" where they do."""
-    if measured.statistics.steps < MIN_STEPS:
-        return f"only {measured.statistics.steps} steps were observed, {MIN_STEPS} are needed"
-    return measured.optimizer.withheld or measured.sampling.withheld
+    return too_short(measured.statistics) or measured.optimizer.withheld or measured.sampling.withheld
 
 
 def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResult:
@@ -166,7 +166,9 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
         share = evidence.noise_variance / measured.random_noise if measured.random_noise > 0 else math.nan
     judgement = _judgement(measured, evidence, share)
     end = measured.end_eigenvalues[index] if measured.end_eigenvalues else math.nan
-    theory = _theory(measured, curvature)
+    dynamics = _dynamics(measured)
+    # Predictions are withheld near the edge, where a small error of the curvature is a large one of theirs.
+    theory = None if _stability(dynamics, curvature) > STABILITY_MARGIN else dynamics
     points = _points(statistics, index, curvature, noise.value, theory)
     momentum = measured.optimizer.momentum
     lag = headline_lag(steps, momentum) if steps else 0
@@ -220,8 +222,10 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
 def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float) -> Judgement:
     withheld = _withheld(measured)
     if evidence is None:
-        return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld or "the weights were not moved"))
-    if evidence.noise_variance == 0 or noise_share < measured.min_noise_share:
+        return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld))
+    if measured.random_noise <= 0 or evidence.noise_variance == 0:
+        return Judgement(Verdict.NO_NOISE, "", "Its gradient does not fluctuate from batch to batch.")
+    if noise_share < measured.min_noise_share:
         return Judgement(
             Verdict.NO_NOISE,
             "",
@@ -245,18 +249,19 @@ def _slope(evidence: Evidence | None, judgement: Judgement) -> Interval:
     return Interval(evidence.slope, evidence.slope - half, evidence.slope + half)
 
 
-def _theory(measured: Measured, curvature: float) -> SGDDynamics | None:
-    """The dynamics that predictions use, or None where they are withheld."""
+def _dynamics(measured: Measured) -> SGDDynamics | None:
+    """The dynamics of the window, or None where the theory does not cover the optimizer."""
     statistics, optimizer = measured.statistics, measured.optimizer
     if optimizer.withheld or not statistics.diffusion_clock > 0:
         return None
     # Under a schedule: the rate with which the two clocks agree.
     effective = statistics.diffusion_clock / statistics.confinement_clock
-    damping = 1 - optimizer.dampening if optimizer.momentum else 1.0
-    dynamics = optimizer.dynamics(effective * (1 - optimizer.momentum) / damping)
-    if curvature > STABILITY_MARGIN * closed_forms.stability_limit(dynamics):
-        return None
-    return dynamics
+    return optimizer.dynamics(effective * (1 - optimizer.momentum) / (1 - optimizer.dampening))
+
+
+def _stability(dynamics: SGDDynamics | None, curvature: float) -> float:
+    """Share of the stability limit at which a mode sits; NaN where nobody can tell."""
+    return math.nan if dynamics is None else curvature / closed_forms.stability_limit(dynamics)
 
 
 def _points(
@@ -294,11 +299,9 @@ def _marks(
             f"held-out curvature predicts {times:.1f} relaxation times: diffusive over this window, "
             "perhaps not over longer ones"
         )
-    optimizer = measured.optimizer
-    if not optimizer.withheld and optimizer.learning_rate > 0:
-        limit = closed_forms.stability_limit(optimizer.dynamics())
-        if curvature > STABILITY_MARGIN * limit:
-            marks.append(f"at {curvature / limit:.0%} of the stability limit: predictions withheld")
+    stability = _stability(_dynamics(measured), curvature)
+    if stability > STABILITY_MARGIN:
+        marks.append(f"at {stability:.0%} of the stability limit: predictions withheld")
     return tuple(marks)
 
 
@@ -315,6 +318,12 @@ def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
     if statistics.steps + statistics.skipped < measured.planned_steps:
         warnings.append(
             f"The run ended after {statistics.steps} of the window's {measured.planned_steps} steps."
+        )
+    memories = statistics.steps * (1 - measured.optimizer.momentum)
+    if not withheld and memories < MIN_MEMORIES:
+        warnings.append(
+            f"The window is only {memories:.0f} times as long as the momentum remembers "
+            f"({MIN_MEMORIES} needed): its verdicts err more often than they should."
         )
     if not measured.basis.converged:
         warnings.append(f"Not every stiff mode converged: {measured.basis.message}.")

@@ -237,7 +237,7 @@ class SGDProbe(Callback):
         result, vectors = closed
         self.results.append(result)
         kept = {}
-        if self.config.save_vectors:
+        if self.config.save_vectors and 4 * vectors.numel() <= self.config.max_vector_bytes:
             rows = vectors.float().cpu().numpy()
             kept = {mode.name: row for mode, row in zip(result.modes, rows, strict=True)}
         self._sinks.write(result, kept)

@@ -89,7 +89,12 @@ def spectrum(result: WindowResult) -> Figure:
                 lambda mode: positions[mode.name],
                 _absolute_eigenvalue,
                 name="|v·Hv|, flat",
-                marker={"symbol": "line-ew", "size": 13, "line": {"width": 2, "color": _SOFT}},
+                marker={
+                    "symbol": "line-ew",
+                    "size": 13,
+                    "color": _SOFT,
+                    "line": {"width": 2, "color": _SOFT},
+                },
             )
         )
     plot.update_xaxes(

@@ -17,7 +17,7 @@ class SGDDynamics:
     """What the optimizer does to one mode.
 
     Attributes:
-        learning_rate: eta, positive.
+        learning_rate: eta, positive and finite.
         momentum: mu of heavy ball, in [0, 1).
         dampening: d of PyTorch's buffer, in [0, 1).
 
@@ -30,8 +30,8 @@ class SGDDynamics:
     dampening: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"expected a positive learning rate, found {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"expected a positive, finite learning rate, found {self.learning_rate}")
         for name in ("momentum", "dampening"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"expected {name} in [0, 1), found {getattr(self, name)}")
@@ -92,26 +92,30 @@ def mean_squared_displacement(
     """MSD over a lag in the stationary state, ``2 V (1 - a^lag)`` without momentum.
 
     With momentum the autocovariance follows from the two-step recursion
-    ``x'' = (1 + mu - eta' lambda) x' - mu x``. A flat mode diffuses freely; a negative curvature
-    grows from a point, ``eta^2 s^2 (a^(2 lag) - 1) / (a^2 - 1)`` with ``a = 1 - eta_eff lambda``;
-    beyond the stability limit it is infinite.
+    ``x'' = (1 + mu - eta' lambda) x' - mu x``. A flat mode diffuses freely; with negative curvature
+    the mode grows from a point, the buffer warm with noise: ``eta^2 s^2 (a^(2 lag) - 1) / (a^2 - 1)``
+    without momentum. Beyond the stability limit it is infinite.
     """
     if eigenvalue == 0:
         return free_mean_squared_displacement(noise_variance, lag, dynamics)
+    mu, pull = dynamics.momentum, dynamics.step * eigenvalue
+    turn = 1 + mu - pull
     if eigenvalue < 0:
-        decay = 1 - dynamics.effective_learning_rate * eigenvalue
-        exponent = 2 * lag * math.log(decay)
-        growth = math.expm1(exponent) / (decay**2 - 1) if exponent < 700 else math.inf
-        return 2 * free_diffusion(noise_variance, dynamics) * growth
+        # Displacement per kick of the noise, one more step after it each time, and the sum of its squares.
+        before, kick, growth = 0.0, dynamics.step * math.sqrt(noise_variance), 0.0
+        for _ in range(lag):
+            growth += kick * kick
+            if math.isinf(growth):
+                return math.inf
+            before, kick = kick, turn * kick - mu * before
+        return growth + (mu * before) ** 2 / (1 - mu**2)
     variance = stationary_variance(eigenvalue, noise_variance, dynamics)
     if math.isinf(variance):
         return math.inf
-    mu = dynamics.momentum
-    turn = 1 + mu - dynamics.step * eigenvalue
-    # Correlation rho and its defect 1 - rho; the defect is what keeps its digits for tiny curvature.
-    before, defect = 0.0, dynamics.step * eigenvalue / (1 + mu)
-    for _ in range(lag - 1):
-        before, defect = defect, turn * defect - mu * before + dynamics.step * eigenvalue
+    # The defect 1 - rho of the correlation is what keeps its digits for tiny curvature.
+    before, defect = pull / (1 + mu), 0.0
+    for _ in range(lag):
+        before, defect = defect, turn * defect - mu * before + pull
     return 2 * variance * defect
 
 

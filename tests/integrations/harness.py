@@ -69,7 +69,7 @@ def loader(dataset: RecordingDataset, replacement: bool = True, batch_size: int 
 def memory_logger(package: str) -> Any:
     """A logger of the package that keeps its rows."""
 
-    class MemoryLogger(PACKAGES[package].loggers.logger.Logger):  # type: ignore[name-defined,misc]
+    class MemoryLogger(PACKAGES[package].loggers.logger.Logger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.rows: list[tuple[int | None, dict[str, float]]] = []
@@ -213,7 +213,7 @@ def batchnorm(base: Any) -> Any:
             inputs = inputs + float(np.random.normal(scale=0.01)) + 0.01 * torch.randn_like(inputs)
             loss = nn.functional.cross_entropy(self.network(inputs), labels)
             self.log("loss", loss)
-            self.log_dict({"mean": self.network[1].running_mean.mean()}, on_step=True)
+            self.log_dict({"mean": self.network.get_buffer("1.running_mean").mean()}, on_step=True)
             return loss
 
         def configure_optimizers(self) -> Any:

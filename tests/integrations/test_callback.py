@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.fabric.utilities.exceptions
+import lightning_fabric.utilities.exceptions
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,7 +49,7 @@ def data(**options: Any) -> DataLoader[Any]:
     ],
 )
 def test_bad_arguments_are_refused_by_name_and_value(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(MisconfigurationException) as caught:
+    with pytest.raises(lightning_fabric.utilities.exceptions.MisconfigurationException) as caught:
         SGDProbe(**options)
     message = str(caught.value)
     assert named in message
@@ -58,9 +59,7 @@ def test_bad_arguments_are_refused_by_name_and_value(options: dict[str, Any], na
 
 
 def test_the_refusal_is_both_packages_exception() -> None:
-    import lightning.pytorch.utilities.exceptions as other
-
-    with pytest.raises(other.MisconfigurationException):
+    with pytest.raises(lightning.fabric.utilities.exceptions.MisconfigurationException):
         SGDProbe(top=0)
 
 
@@ -285,7 +284,7 @@ def test_other_callbacks_can_monitor_it(package: str, tmp_path: Path) -> None:
     saver = packaged.callbacks.ModelCheckpoint(
         tmp_path, monitor="sgd_probe/lambda_max", every_n_train_steps=90, save_top_k=2
     )
-    module = Tiny() if package == "pytorch_lightning" else mlp(packaged.LightningModule)
+    module = mlp(packaged.LightningModule)
     module.validation_step = lambda batch, batch_idx: None
     trainer = packaged.Trainer(
         accelerator="cpu",

@@ -56,7 +56,7 @@ def test_the_fingerprint_sees_a_probe_that_draws_one_random_number(tmp_path: Pat
     """The comparison must be able to fail."""
     import torch
 
-    class Careless(PACKAGES["pytorch_lightning"].Callback):  # type: ignore[name-defined,misc]
+    class Careless(PACKAGES["pytorch_lightning"].Callback):  # type: ignore[misc]
         def on_train_batch_end(self, *args: Any) -> None:
             if args[-1] == 5:
                 torch.rand(())
