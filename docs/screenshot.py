@@ -1,6 +1,6 @@
 """Take the README's picture: the report page of a run, rendered in headless Chromium.
 
-    python docs/screenshot.py demo_run/sgd_probe/report.html docs/images/report.png
+python docs/screenshot.py demo_run/sgd_probe/report.html docs/images/report.png
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ about that near-critical point while the probe watches which directions confine 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -75,7 +76,7 @@ def describe(result: WindowResult) -> str:
     counts = ", ".join(f"{count} {verdict.value}" for verdict, count in result.counts().items() if count)
     cost = result.cost
     text = [
-        f"Window {result.index + 1}: steps {result.opened_at_step} to {result.closed_at_step} "
+        f"Window {result.index}: steps {result.opened_at_step} to {result.closed_at_step} "
         f"({result.optimizer}; {result.sampling})",
         "",
         *(line.rstrip() for line in lines),
@@ -158,13 +159,17 @@ def _train(arguments: argparse.Namespace, output: Path) -> tuple[list[WindowResu
     os.environ.setdefault("WANDB_SILENT", "true")
     # The frameworks' hints (more workers, deprecations of their own) would drown the demo's output.
     warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning|torch")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     import pytorch_lightning as pl
+    import torch
     from pytorch_lightning.callbacks import TQDMProgressBar
     from pytorch_lightning.loggers import WandbLogger
 
     from sgd_probe import SGDProbe
 
     length = QUICK if arguments.quick else FULL
+    # Threads only get in each other's way on tensors this small, badly so on a busy machine.
+    torch.set_num_threads(1)
     pl.seed_everything(arguments.seed, verbose=False)
     losses: list[float] = []
     module = digits_module(length.approach, losses)

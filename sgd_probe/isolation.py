@@ -90,7 +90,12 @@ def seed_all(seed: int) -> None:
     """Seed python, numpy and torch, so that a loss evaluated twice draws the same numbers."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: before CUDA is in use that leaves the seed behind for when it will be.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def capture_rng() -> Restore:
@@ -184,6 +189,8 @@ class _Capture:
 
     def _leaf(self, tensor: Tensor) -> None:
         grad, requires_grad = tensor.grad, tensor.requires_grad
+        if grad is not None and not isinstance(tensor, nn.Parameter):
+            self._pending.append(grad)
 
         def restore() -> None:
             if not tensor.is_leaf:

@@ -59,17 +59,16 @@ def clone(value: Any) -> Any:
 
 def _clone_object(value: Any) -> Any:
     """Deep-copy anything else, with its tensors cloned by value rather than by storage."""
-    memo: dict[int, Any] = {}
-    for tensor in _tensors_of(value, depth=4):
-        memo[id(tensor)] = tensor.detach().clone()
+    leaves = _leaves(value, depth=4)  # held until the end: a freed one could hand its id on
     try:
-        return copy.deepcopy(value, memo)
+        return copy.deepcopy(value, {id(leaf): clone(leaf) for leaf in leaves})
     except Exception:  # an object that refuses to be copied is passed on as it is
         return value
 
 
-def _tensors_of(value: Any, depth: int) -> list[Tensor]:
-    if isinstance(value, Tensor):
+def _leaves(value: Any, depth: int) -> list[Tensor | np.ndarray[Any, Any]]:
+    """Tensors and arrays in nested data."""
+    if isinstance(value, Tensor | np.ndarray):
         return [value]
     if depth == 0:
         return []
@@ -77,16 +76,13 @@ def _tensors_of(value: Any, depth: int) -> list[Tensor]:
         children = list(value.values())
     elif isinstance(value, list | tuple):
         children = list(value)
+    elif dataclasses.is_dataclass(value):
+        children = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
     else:
         children = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    return [tensor for child in children for tensor in _tensors_of(child, depth - 1)]
+    return [leaf for child in children for leaf in _leaves(child, depth - 1)]
 
 
 def count_samples(batch: Any) -> int:
     """Length of the first tensor or array with a first dimension; 1 where there is none."""
-    for tensor in _tensors_of(batch, depth=4):
-        if tensor.ndim > 0:
-            return max(int(tensor.shape[0]), 1)
-    if isinstance(batch, np.ndarray) and batch.ndim > 0:
-        return max(int(batch.shape[0]), 1)
-    return 1
+    return next((max(len(leaf), 1) for leaf in _leaves(batch, depth=4) if leaf.ndim > 0), 1)

@@ -25,7 +25,7 @@ class Certificate:
         standard_error: of ``eigenvalue``, from its spread over the batches (NaN for one batch).
         batch_variance: Var(v.H_B v) over batches.
         squared_norm: unbiased estimate of ``||Hv||^2``: products of different batches only. It can
-            be negative where the noise of the samples hides it.
+            be negative where the noise of the samples hides it. (One batch has only its own, too large.)
         effective_curvature: ``||Hv||^2 / |v.Hv|``, with which a mixed direction moves where the noise
             follows the curvature; at least |v.Hv|, by Cauchy and Schwarz.
     """
@@ -67,10 +67,10 @@ def _certify(operator: HessianOperator, vector: Tensor) -> Certificate:
     self_weight = sum(w * w for w in weights)
     square = float(inner(total.unsqueeze(0), total))
     if len(weights) > 1:
-        # The unbiased spread of weighted batches; reduces to the usual one for equal weights.
         spread = sum(w * (q - eigenvalue) ** 2 for w, q in zip(weights, quotients, strict=True))
         variance = spread / (1.0 - self_weight)
-        standard_error = math.sqrt(variance * self_weight)
+        # Unbiased where a batch of n samples has a variance of 1 / n, as means over samples have.
+        standard_error = math.sqrt(spread / (len(weights) - 1))
         square = (square - own) / (1.0 - self_weight)
     else:
         variance = standard_error = math.nan

@@ -247,6 +247,8 @@ def measure_gradient(
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -255,8 +257,11 @@ def measure_gradient(
     operator = HessianOperator(module, loss, [batch], space)
     with operator, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         next(operator.gradients())
-    # The first call pays for lazy initialisation: time the second.
-    started = time.perf_counter()
-    with HessianOperator(module, loss, [batch], space) as operator:
-        next(operator.gradients())
-    return GradientCost(time.perf_counter() - started, sum(kept.values()))
+    # The first call pays for lazy initialisation; of the next ones the fastest was disturbed least.
+    fastest = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        with HessianOperator(module, loss, [batch], space) as operator:
+            next(operator.gradients())
+        fastest = min(fastest, time.perf_counter() - started)
+    return GradientCost(fastest, sum(kept.values()))

@@ -1,6 +1,6 @@
 """Lanczos with full reorthogonalisation for the eigenvalues of largest magnitude.
 
-The stop looks at two pairs more than were asked for and at the stability of the values: residuals
+The stop looks at two pairs more than were asked for and at values that stand still twice: residuals
 alone stop on a wrong set, all small before the last outlier has appeared. What no stop sees from one
 starting vector are the further copies of an exactly multiple eigenvalue; those appear late, if at all.
 """
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.linear_algebra import inner, norm, orthogonalise, random_unit
-
 
 #: Share of noise in a given first vector: one that is orthogonal to an eigenvector never finds it.
 _NOISE = 0.1
@@ -90,8 +89,9 @@ def lanczos(
         basis[0].mul_(_NOISE * norm(start)).add_(start.to(like))
         basis[0] /= norm(basis[0])
 
+    negligible = max(10 * torch.finfo(like.dtype).eps, 1e-3 * tolerance)
     previous: Tensor | None = None
-    scale, done, chain, message = 0.0, 0, 0, f"stopped at the limit of {limit} products"
+    scale, done, chain, still, message = 0.0, 0, 0, 0, f"stopped at the limit of {limit} products"
     values, vectors, errors = projected.new_zeros(0), projected.new_zeros((0, 0)), projected.new_zeros(0)
     for step in range(limit):
         product = operator.matvec(basis[step])
@@ -107,7 +107,7 @@ def lanczos(
         # An invariant space has zero residuals whatever it misses: look into its complement first. All of
         # that is known when a random vector of it turns out to be an eigenvector.
         looked = chain > count + 2
-        if coupling <= 100 * torch.finfo(like.dtype).eps * scale or exhausted:
+        if coupling <= negligible * scale or exhausted:
             # The space so far is invariant: go on in its complement, uncoupled from it.
             looked = chain == 1
             coupling, chain = 0.0, 0
@@ -127,7 +127,8 @@ def lanczos(
                 ((largest - previous).abs() <= tolerance * largest[0]).all()
             )
             previous = largest
-            if small and stable:
+            still = still + 1 if small and stable else 0
+            if still == 2:
                 message = f"converged after {done} products"
                 break
     values, errors = values[:count], errors[:count]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Products are summed in the vectors' own precision over chunks of this length, then in float64.
-CHUNK = 65_536
+#: Products are summed in the vectors' own precision over pieces of this length, then in float64. A CPU
+#: adds one by one, so that its error grows with the length; a device adds in trees and needs few calls.
+CHUNK = 8_192
+DEVICE_CHUNK = 1_048_576
 
 
 def inner(rows: Tensor, vector: Tensor) -> Tensor:
     """Inner product of every row with a vector, accumulated in float64.
 
-    A float32 sum over millions of terms loses half of its digits; summing chunks in float64 costs
-    nothing beside reading the rows, and keeps a Krylov basis a hundred times more orthogonal.
+    A float32 sum over millions of terms loses half of its digits; summing short pieces in float64
+    costs nothing beside reading the rows, and keeps a Krylov basis a hundred times more orthogonal.
 
     Args:
         rows: shape (k, size).
@@ -22,11 +24,10 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
     Returns:
         float64, shape (k,).
     """
-    whole = vector.numel() // CHUNK * CHUNK
-    total = (rows[:, whole:] @ vector[whole:]).double()
-    if whole:
-        blocks = rows[:, :whole].reshape(len(rows), whole // CHUNK, CHUNK).transpose(0, 1)
-        total += (blocks @ vector[:whole].view(-1, CHUNK, 1)).squeeze(-1).double().sum(0)
+    length = CHUNK if vector.device.type == "cpu" else DEVICE_CHUNK
+    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
+    for piece, part in zip(torch.split(rows, length, dim=1), torch.split(vector, length), strict=True):
+        total += piece @ part
     return total
 
 

@@ -102,7 +102,8 @@ class ParameterSpace:
         flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         for where, tensor in zip(self.slices, tensors, strict=True):
             if tensor is not None:
-                flat[where] = tensor.detach().reshape(-1)
+                dense = tensor.to_dense() if tensor.is_sparse else tensor
+                flat[where] = dense.detach().reshape(-1)
         return flat
 
     def layer_shares(self, vector: Tensor, most: int = 8) -> Mapping[str, float]:

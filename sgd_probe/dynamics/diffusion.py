@@ -8,6 +8,7 @@ from scipy.stats import chi2
 
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.result import Interval
+from sgd_probe.theory.closed_forms import momentum_kernel
 
 _TAILS = (0.025, 0.975)
 
@@ -31,14 +32,30 @@ def chi_square_interval(mean_square: float, freedom: float) -> Interval:
     return Interval(mean_square, mean_square * freedom / high, mean_square * freedom / low)
 
 
-def mean_squared_displacements(statistics: WindowStatistics, mode: int) -> list[tuple[int, int, Interval]]:
-    """(lag in steps, count, mean squared displacement) at every dyadic lag with a displacement."""
+def mean_squared_displacements(
+    statistics: WindowStatistics, mode: int, momentum: float
+) -> list[tuple[int, int, Interval]]:
+    """(lag in steps, count, mean squared displacement) at every dyadic lag with a displacement.
+
+    The interval is that of a flat mode with Gaussian noise.
+    """
     points = []
     for level, count in enumerate(statistics.lag_count.tolist()):
         if count:
             square = float(statistics.lag_square[level, mode]) / count
-            points.append((2**level, count, chi_square_interval(square, count)))
+            freedom = max(independent_share(2**level, momentum) * count, 1.0)
+            points.append((2**level, count, chi_square_interval(square, freedom)))
     return points
+
+
+def independent_share(lag: int, momentum: float) -> float:
+    """Independent displacements of a flat mode over non-overlapping ones of that lag.
+
+    Momentum correlates a displacement with the next by rho, from the mean squares over ``lag`` and
+    twice it, and with later ones by ``mu^lag`` less each; squares correlate by the squares of that.
+    """
+    rho = momentum_kernel(2 * lag, momentum) / momentum_kernel(lag, momentum) - 1
+    return 1 / (1 + 2 * rho**2 / (1 - momentum ** (2 * lag)))
 
 
 def headline_lag(steps: int, momentum: float) -> int:

@@ -21,11 +21,13 @@ class Projection:
         gradient: v.g of the optimizer's gradient.
         displacement: v.(theta - theta_0).
         decay: v.W(theta - theta_0), W the coupled weight decay of each weight.
+        gradient_square: g.g, a single number.
     """
 
     gradient: Array
     displacement: Array
     decay: Array
+    gradient_square: float
 
     @property
     def finite(self) -> bool:
@@ -70,10 +72,11 @@ class Projector:
         Returns:
             The projections, or None where no parameter has a gradient: the step was skipped.
         """
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = [_dense(parameter.grad) for parameter in self._parameters]
         if all(gradient is None for gradient in gradients):
             return None
-        gradient = self._basis @ self._flat(gradients)
+        flat = self._flat(gradients)
+        gradient, square = self._basis @ flat, flat @ flat
         moved = self._flat(self._parameters).sub_(self._origin)
         displacement = self._basis @ moved
         if len(set(decays)) == 1:
@@ -81,8 +84,9 @@ class Projector:
         else:
             decay = self._basis @ self._decayed(moved, decays)
         # One transfer from the device for all the numbers of a step.
-        numbers = torch.stack([gradient, displacement, decay]).double().cpu().numpy()
-        return Projection(*numbers)
+        numbers = torch.cat([gradient, displacement, decay, square[None]]).double().cpu().numpy()
+        gradient_row, displacement_row, decay_row = numbers[:-1].reshape(3, -1)
+        return Projection(gradient_row, displacement_row, decay_row, float(numbers[-1]))
 
     @torch.no_grad()
     def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -103,6 +107,11 @@ class Projector:
     def _project(self, vector: Tensor) -> Array:
         numbers: Array = (self._basis @ vector).double().cpu().numpy()
         return numbers
+
+
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    """Embeddings may have sparse gradients."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
 
 
 def _pieces(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -138,7 +138,8 @@ class WindowStatistics:
             freedom -= 1
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = xg / xx
-            variance = np.maximum(gg - slope * xg, 0.0) / freedom
+            # A mode that never moved has no slope; all of its gradient's variance is noise.
+            variance = np.maximum(gg - np.where(xx > 0, slope * xg, 0.0), 0.0) / freedom
             error = np.sqrt(variance / xx)
             return Regression(slope=slope, standard_error=error, t=slope / error, variance=variance)
 

@@ -23,7 +23,7 @@ CONFINED_RELAXATION_TIMES = 20.0
 FALSE_CONFINED_RATE = 0.05
 FALSE_FREE_RATE = 0.02
 #: Fewer steps cannot carry the rule.
-MIN_STEPS = 50
+MIN_STEPS = 40
 #: Nor can a schedule so steep that fewer steps of one size would do as much: 20 relaxation times in
 #: them would be unstable.
 MIN_EQUAL_STEPS = 20
@@ -112,7 +112,9 @@ def judge(evidence: Evidence) -> Judgement:
         return Judgement(Verdict.UNDETERMINED, "", "The mode did not move, so nothing can be said of it.")
     if e.log_bayes_factor >= 1:
         return Judgement(
-            Verdict.CONFINED, "", f"Log evidence for confinement {e.log_bayes_factor:.1f} (1 needed)."
+            Verdict.CONFINED,
+            "",
+            f"Confinement is e^{e.log_bayes_factor:.1f} times as likely as a flat mode (e^1 needed).",
         )
     if e.t_level >= 4:
         return Judgement(
@@ -136,7 +138,7 @@ def judge(evidence: Evidence) -> Judgement:
         return Judgement(
             Verdict.DIFFUSIVE,
             "",
-            f"Log evidence against confinement {-e.log_bayes_factor:.1f}, and no net drift.",
+            f"A flat mode is e^{-e.log_bayes_factor:.1f} times as likely as confinement; no net drift.",
         )
     return Judgement(Verdict.UNDETERMINED, "", "Between flat and confined: this window is too short to tell.")
 

@@ -3,6 +3,7 @@
 from sgd_probe.curvature.hessian import CurvatureError, LossFunction
 from sgd_probe.curvature.space import ParameterFilter
 from sgd_probe.engine.config import ProbeConfig
+from sgd_probe.engine.ledger import duration
 from sgd_probe.engine.probe import ProbeEngine
 from sgd_probe.engine.sampling import Sampling, read_sampling
 
@@ -13,5 +14,6 @@ __all__ = [
     "ProbeConfig",
     "ProbeEngine",
     "Sampling",
+    "duration",
     "read_sampling",
 ]

@@ -52,3 +52,11 @@ def free_memory(device: torch.device) -> int | None:
         found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
         return int(found[0]) * 1024 if found else None
     return None
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: two digits and a fitting unit."""
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1g} s"

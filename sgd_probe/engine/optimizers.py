@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,8 +47,6 @@ class OptimizerState:
 
     def describe(self) -> str:
         """One line for people."""
-        if self.withheld:
-            return f"{self.name}: {self.withheld}"
         parts = [f"learning rate {self.learning_rate:g}"]
         if self.momentum:
             parts.append(f"momentum {self.momentum:g}")
@@ -69,14 +68,15 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     name = type(optimizer).__name__
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     groups = [group_of[id(parameter)] for parameter in parameters]
-    if not isinstance(optimizer, torch.optim.SGD):
-        why = "its steps are not proportional to the gradient, so plain Hessian modes do not move alone"
+    # A subclass with a step of its own may do anything.
+    if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(torch.optim.SGD.step):
+        why = f"the steps of {name} are not proportional to the gradient, so plain Hessian modes mix"
         return OptimizerState(name, float(groups[0]["lr"]), 0.0, 0.0, (0.0,) * len(groups), why)
     settings = [_Settings.of(group) for group in groups]
     first = settings[0]
     decays = tuple(float(group["weight_decay"]) for group in groups)
     if not (0 <= first.momentum < 1 and 0 <= first.dampening < 1):
-        why = "its momentum or dampening lies outside [0, 1)"
+        why = "momentum or dampening lies outside [0, 1)"
         return OptimizerState(name, first.learning_rate, 0.0, 0.0, decays, why)
     withheld = ""
     if len(set(settings)) > 1:
@@ -84,7 +84,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     elif first.nesterov:
         withheld = "Nesterov momentum is not covered yet"
     elif first.maximize:
-        withheld = "it maximises the loss"
+        withheld = "the optimizer maximises the loss"
     return OptimizerState(name, first.learning_rate, first.momentum, first.dampening, decays, withheld)
 
 

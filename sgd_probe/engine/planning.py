@@ -82,7 +82,7 @@ def choose_window(
         steps, reason = config.window, "set by the user"
     else:
         needs = sorted(
-            math.ceil(MARGIN * CONFINED_RELAXATION_TIMES / (effective_learning_rate * curvature))
+            MARGIN * CONFINED_RELAXATION_TIMES / effective_learning_rate / curvature
             for curvature in top_curvatures
             if curvature > 0 and effective_learning_rate > 0
         )
@@ -90,8 +90,8 @@ def choose_window(
         flats = sorted(curvature for curvature in flat_curvatures if curvature > 0)
         stays_flat = math.inf
         if flats and effective_learning_rate > 0:
-            stays_flat = 1 / (effective_learning_rate * flats[(len(flats) - 1) // 2])
-        steps = max(needs[-1] if needs else 200, 200)
+            stays_flat = 1 / effective_learning_rate / flats[(len(flats) - 1) // 2]
+        steps = max(math.ceil(needs[-1]) if needs else 200, 200)
         reason = (
             f"{len(needs)} of {len(top_curvatures)} stiff modes reach "
             f"{CONFINED_RELAXATION_TIMES:g} relaxation times"
@@ -116,34 +116,42 @@ class Schedule:
         planned_steps: optimizer steps done when the run will have ended, or infinity.
 
     Attributes:
+        next_step: no window opens before so many optimizer steps are done.
         opened: windows opened so far.
+        step_seconds: of a training step, once its pace is known.
         unaffordable: at the pace of the training, not even one window is within its budget.
     """
 
     def __init__(self, config: ProbeConfig, first_step: int, planned_steps: float) -> None:
         self._config = config
         self._planned = planned_steps
-        self._first = self._next = first_step
+        self._first = self.next_step = first_step
         self._pace_from: tuple[int, float] | None = None
         self.opened = 0
         self.unaffordable = False
+        self.step_seconds: float | None = None
 
     def steps_left(self, step: int) -> float:
         """Optimizer steps until the end of the run, or infinity."""
         return self._planned - step
 
-    def due(self, step: int, spent: float, window_cost: float, training: float) -> bool:
-        """Whether a window may open before the next optimizer step; ask before every step.
+    def due(self, step: int, lead: int, spent: float, window_cost: float, training: float) -> bool:
+        """Whether to prepare a window now; ask before every step.
 
         Args:
             step: optimizer steps done.
+            lead: steps from now until it opens, while its batches are collected.
             spent: probe seconds so far.
             window_cost: estimated seconds of one more window.
             training: training seconds so far, without the probe's.
         """
         if self._pace_from is None and step >= self._first + WARM_UP_STEPS:
             self._pace_from = step, training
-        if step < self._next or self.steps_left(step) < MIN_WINDOW:
+        elif self._pace_from is not None and step >= self._pace_from[0] + PACE_STEPS:
+            from_step, from_seconds = self._pace_from
+            self.step_seconds = (training - from_seconds) / (step - from_step)
+        opening = step + lead
+        if opening < self.next_step or self.steps_left(opening) < MIN_WINDOW:
             return False
         if self._config.every_n_steps is not None:
             return True
@@ -152,10 +160,9 @@ class Schedule:
             return spent + window_cost <= budget * training
         if window_cost <= self._config.grace_seconds or math.isinf(self._planned):
             return True
-        if self._pace_from is None or step < self._pace_from[0] + PACE_STEPS:
+        if self.step_seconds is None:
             return False
-        from_step, from_seconds = self._pace_from
-        whole = (self._planned - self._first) * (training - from_seconds) / (step - from_step)
+        whole = (self._planned - self._first) * self.step_seconds
         self.unaffordable = spent + window_cost > budget * whole
         return not self.unaffordable
 
@@ -163,8 +170,8 @@ class Schedule:
         """Note that a window opens now."""
         self.opened += 1
         if self._config.every_n_steps is not None:
-            self._next = step + self._config.every_n_steps
+            self.next_step = step + self._config.every_n_steps
 
     def postpone(self, step: int, steps: int) -> None:
         """Try no window for so many steps."""
-        self._next = step + steps
+        self.next_step = step + steps

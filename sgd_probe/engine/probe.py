@@ -6,7 +6,9 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +32,7 @@ from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
 from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
-from sgd_probe.engine.ledger import Ledger, free_memory
+from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
 from sgd_probe.engine.planning import (
     Schedule,
@@ -64,12 +66,13 @@ class _Window:
     optimizer: OptimizerState
     certifying: list[CurvatureBatch]
     samples_found: int
-    random_noise: float
+    noise_trace: float
     decays: tuple[float, ...]
     statistics: WindowStatistics
     position: np.ndarray[Any, np.dtype[np.float64]]
     decay_at_origin: np.ndarray[Any, np.dtype[np.float64]]
     decay_since: np.ndarray[Any, np.dtype[np.float64]]
+    gradient_squares: float = 0.0
     open_seconds: float = 0.0
     observe_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -125,6 +128,7 @@ class ProbeEngine:
         self._generator = torch.Generator().manual_seed(config.seed)
         self._cost: GradientCost | None = None
         self._batches_per_set = 0
+        self._window_gradients = 0.0
         self._window_seconds = 0.0
         self._pool: list[CurvatureBatch] = []
         self._collecting = False
@@ -153,6 +157,11 @@ class ProbeEngine:
         """The open window has seen its planned steps."""
         return self._window is not None and self._window.due
 
+    @property
+    def window_seconds(self) -> float:
+        """What a window is expected to take: the last one's cost, before it an estimate."""
+        return self._window_seconds
+
     def preflight(self, batch: Any, index: int, step: int) -> tuple[str, ...]:
         """Try the loss once on a batch, and say what is going to happen.
 
@@ -167,7 +176,8 @@ class ProbeEngine:
             self._cost = measure_gradient(self._module, self._loss, frozen, self.space)
         config = self.config
         self._batches_per_set = choose_curvature_batches(config, frozen.samples, self._planned_steps)
-        self._window_seconds = self._cost.seconds * gradients_per_batch(config) * self._batches_per_set
+        self._window_gradients = gradients_per_batch(config) * self._batches_per_set
+        self._window_seconds = self._cost.seconds * self._window_gradients
         retained = self._retain_graphs()
         graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
         vectors = (3 * config.top + 40 + config.flat + 3) * self.space.size * self.space.dtype.itemsize
@@ -176,20 +186,23 @@ class ProbeEngine:
             f"{self.space.size:,} weights; {config.top} stiff and {config.flat} near-flat directions from "
             f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
             f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
-            f"pauses the training for about {self._window_seconds:.2g} s; it needs at most "
+            f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
             f"{(graphs + vectors) / 2**20:,.0f} MB "
             f"({graphs / 2**20:,.0f} MB of graphs{'' if retained else ', rebuilt for every product'}).",
             self._pace(),
-            f"Optimizer: {self._read_optimizer().describe()}. Loader: {self.sampling.describe()}.",
+            f"Optimizer: {self._read_optimizer().describe()}.",
+            f"Loader: {self.sampling.describe()}.",
         ]
         withheld = self._read_optimizer().withheld or self.sampling.withheld
         if withheld:
             lines.append(f"Verdicts will be withheld: {withheld}.")
+        if self._repeats():
+            lines.append(self._repeats())
         return tuple(lines)
 
     def offer(self, batch: Any, index: int, step: int) -> None:
         """Hand over a training batch before its step; it is cloned while a window is in sight."""
-        if self.is_open or not self._batches_per_set:
+        if not self._batches_per_set:
             return
         if not self._collecting:
             self._collecting = self._window_due(step)
@@ -197,10 +210,10 @@ class ProbeEngine:
             with self.ledger.charge():
                 self._pool.append(self._freeze(batch, index))
 
-    @property
-    def opening_due(self) -> bool:
-        """Enough batches are there; call :meth:`open_window` at the next step boundary."""
-        return self._collecting and len(self._pool) >= 2 * self._batches_per_set
+    def opening_due(self, step: int) -> bool:
+        """Enough batches are there; call :meth:`open_window` if ``step`` optimizer steps are done."""
+        full = self._collecting and len(self._pool) >= 2 * self._batches_per_set
+        return full and not self.is_open and step >= self._schedule.next_step
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -275,7 +288,7 @@ class ProbeEngine:
             basis=window.basis,
             decays=window.decays,
             end_eigenvalues=ends,
-            random_noise=window.random_noise,
+            random_noise=self._random_noise(window),
             statistics=window.statistics,
             optimizer=window.optimizer,
             sampling=self.sampling,
@@ -291,14 +304,22 @@ class ProbeEngine:
         return summarise(measured), window.basis.vectors
 
     def _window_due(self, step: int) -> bool:
-        due = self._schedule.due(step, self.ledger.spent, self._window_seconds, self.ledger.training)
+        # Under a budget an open window has its own cost to show before the next is thought of.
+        if self.is_open and self.config.every_n_steps is None:
+            return False
+        lead = math.ceil(2 * self._batches_per_set / self._accumulation)
+        if self._schedule.opened == 0 and self._schedule.step_seconds is not None:
+            # A gradient was timed once, perhaps at a bad moment: it takes no longer than a whole step.
+            gradient = self._schedule.step_seconds / self._accumulation
+            self._window_seconds = min(self._window_seconds, gradient * self._window_gradients)
+        spent, training = self.ledger.spent, self.ledger.training
+        due = self._schedule.due(step, lead, spent, self._window_seconds, training)
         if self._schedule.unaffordable and not self._over_budget_said:
             self._over_budget_said = True
             log.warning(
-                "sgd_probe: no window opens yet: one takes about %.1f s, more than max_overhead=%g allows "
-                "for this run. Raise max_overhead, lower curvature_batches, top or flat, or set "
-                "every_n_steps.",
-                self._window_seconds,
+                "sgd_probe: no window opens: one takes about %s, more than max_overhead=%g allows for this "
+                "run. Raise max_overhead, lower curvature_batches, top or flat, or set every_n_steps.",
+                duration(self._window_seconds),
                 self.config.max_overhead,
             )
         return due
@@ -307,6 +328,16 @@ class ProbeEngine:
         config = self.config
         if config.every_n_steps is not None:
             return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs."
+        # A training step takes about a gradient for each microbatch.
+        assert self._cost is not None
+        seconds = self._cost.seconds * self._accumulation * (self._planned_steps - self._schedule.next_step)
+        if self._window_seconds > max(config.grace_seconds, config.max_overhead * seconds):
+            enough = min(1.2 * self._window_seconds / seconds, 0.99)
+            return (
+                f"That may be more than {config.max_overhead:.0%} of a run of about {duration(seconds)}: "
+                f"then no window opens. max_overhead={enough:.2g} would allow one; every_n_steps opens them "
+                "whatever they cost."
+            )
         return f"Further windows open as {config.max_overhead:.0%} of the training's time allows."
 
     def _freeze(self, batch: Any, index: int) -> CurvatureBatch:
@@ -314,6 +345,16 @@ class ProbeEngine:
 
     def _read_optimizer(self) -> OptimizerState:
         return read_optimizer(self._optimizer, self.space.parameters)
+
+    def _repeats(self) -> str:
+        """A warning where both curvature sets cannot but hold the same batches."""
+        sampling, needed = self.sampling, 2 * self._batches_per_set
+        if sampling.scheme == "with_replacement" or sampling.batches is None or sampling.batches >= needed:
+            return ""
+        return (
+            f"An epoch has {sampling.batches} batches where the two curvature sets need {needed}: they share "
+            "samples, so held-out values are not independent of those on the finding batches."
+        )
 
     def _retain_graphs(self) -> bool:
         assert self._cost is not None
@@ -367,8 +408,9 @@ class ProbeEngine:
             optimizer=optimizer,
             certifying=certifying,
             samples_found=operator.samples,
-            random_noise=trace / self.space.size / self._accumulation,
+            noise_trace=trace / self._accumulation,
             decays=decays,
+            warnings=[self._repeats()] if self._repeats() else [],
             statistics=WindowStatistics.empty(modes, plan.steps),
             position=np.zeros(modes),
             decay_at_origin=projector.decay_at_origin(optimizer.decays),
@@ -389,9 +431,13 @@ class ProbeEngine:
         optimizer = self._read_optimizer()
         projection = window.projector.project(optimizer.decays)
         usable = projection is not None and projection.finite
+        if optimizer.momentum != window.optimizer.momentum and not window.optimizer.withheld:
+            window.optimizer = dataclasses.replace(
+                window.optimizer, withheld="its momentum changed during the window"
+            )
         if optimizer.decays != window.optimizer.decays:
             # What the new decay pulls at was not read before this step: begin with the next one.
-            window.optimizer = optimizer
+            window.optimizer = dataclasses.replace(window.optimizer, decays=optimizer.decays)
             window.decay_at_origin = window.projector.decay_at_origin(optimizer.decays)
             usable = False
         if projection is not None and usable:
@@ -402,11 +448,21 @@ class ProbeEngine:
                 optimizer.learning_rate,
                 optimizer.effective_learning_rate,
             )
+            window.gradient_squares += projection.gradient_square
         else:
             window.statistics = window.statistics.skip()
         if projection is not None and np.isfinite(projection.displacement).all():
             window.position = projection.displacement
             window.decay_since = projection.decay
+
+    def _random_noise(self, window: _Window) -> float:
+        """Noise variance of a random direction: never more than the used gradients have room for.
+
+        Clipping shrinks those; the trace at the window's start knows nothing of it.
+        """
+        steps = window.statistics.steps
+        mean_square = window.gradient_squares / steps if steps else math.inf
+        return min(window.noise_trace, mean_square) / self.space.size
 
     def _end_eigenvalues(self, window: _Window) -> tuple[float, ...]:
         displacement = window.projector.displacement()

@@ -169,8 +169,8 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
     dynamics = _dynamics(measured)
     # Predictions are withheld near the edge, where a small error of the curvature is a large one of theirs.
     theory = None if _stability(dynamics, curvature) > STABILITY_MARGIN else dynamics
-    points = _points(statistics, index, curvature, noise.value, theory)
     momentum = measured.optimizer.momentum
+    points = _points(statistics, index, momentum, curvature, noise.value, theory)
     lag = headline_lag(steps, momentum) if steps else 0
     at_lag = next((point for point in points if point.lag == lag), None)
     diffusion, per_time = Interval.unknown(), Interval.unknown()
@@ -223,9 +223,9 @@ def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float
     withheld = _withheld(measured)
     if evidence is None:
         return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld))
-    if measured.random_noise <= 0 or evidence.noise_variance == 0:
+    if measured.random_noise <= 0:
         return Judgement(Verdict.NO_NOISE, "", "Its gradient does not fluctuate from batch to batch.")
-    if noise_share < measured.min_noise_share:
+    if noise_share <= measured.min_noise_share:
         return Judgement(
             Verdict.NO_NOISE,
             "",
@@ -265,10 +265,15 @@ def _stability(dynamics: SGDDynamics | None, curvature: float) -> float:
 
 
 def _points(
-    statistics: WindowStatistics, index: int, curvature: float, noise: float, theory: SGDDynamics | None
+    statistics: WindowStatistics,
+    index: int,
+    momentum: float,
+    curvature: float,
+    noise: float,
+    theory: SGDDynamics | None,
 ) -> tuple[LagPoint, ...]:
     points = []
-    for lag, count, interval in mean_squared_displacements(statistics, index):
+    for lag, count, interval in mean_squared_displacements(statistics, index, momentum):
         discrete = langevin = math.nan
         if theory is not None and math.isfinite(noise):
             discrete = closed_forms.mean_squared_displacement(curvature, noise, lag, theory)
@@ -291,7 +296,7 @@ def _marks(
         marks.append(f"not an eigenvector: residual {mode.residual:.1e} of lambda_1")
     if not mode.flat and math.isfinite(end) and abs(end - start) > CURVATURE_CHANGE * abs(start):
         marks.append(f"its curvature went from {start:.3g} to {end:.3g} during the window")
-    if kurtosis > HEAVY_TAILS:
+    if kurtosis > HEAVY_TAILS and judgement.verdict is not Verdict.NO_NOISE:
         marks.append(f"heavy-tailed noise (kurtosis {kurtosis:.0f}): its interval is too narrow")
     times = curvature * measured.statistics.confinement_clock
     if mode.flat and judgement.verdict is Verdict.DIFFUSIVE and times >= 1:
@@ -313,7 +318,8 @@ def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
         warnings.append(f"No mode gets a verdict: {withheld}.")
     if statistics.skipped:
         warnings.append(
-            f"{statistics.skipped} steps were left out (non-finite, or skipped by the optimizer)."
+            f"{statistics.skipped} steps were left out (not finite, skipped by the optimizer, or with a "
+            "changed weight decay)."
         )
     if statistics.steps + statistics.skipped < measured.planned_steps:
         warnings.append(
@@ -325,6 +331,8 @@ def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
             f"The window is only {memories:.0f} times as long as the momentum remembers "
             f"({MIN_MEMORIES} needed): its verdicts err more often than they should."
         )
+    if measured.basis.lambda_max == 0:
+        warnings.append("The loss has no curvature at all: it is linear in the probed weights.")
     if not measured.basis.converged:
         warnings.append(f"Not every stiff mode converged: {measured.basis.message}.")
     negative = [m for m in modes if m.held_out_eigenvalue + 2 * m.held_out_standard_error < 0]

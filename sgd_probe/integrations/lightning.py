@@ -13,13 +13,14 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import torch
 from torch import Tensor
 
-from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, duration, read_sampling
 from sgd_probe.integrations.lightning_compat import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
     announce,
+    observe_steps,
     planned_steps,
     refusal,
     training_loader,
@@ -35,7 +36,10 @@ from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
 log = logging.getLogger("sgd_probe")
 
 _P = ParamSpec("_P")
-_MIN_STEPS_AT_END = 50
+#: A window that the end of the fit cuts short is worth closing from here on.
+_MIN_STEPS_AT_END = 40
+#: Pauses longer than this many seconds are announced.
+_LONG_PAUSE = 5.0
 
 
 def _guarded(
@@ -80,7 +84,7 @@ class SGDProbe(Callback):
         every_n_steps: open a window every so many optimizer steps, whatever it costs; makes a run
             reproducible.
         curvature_batches: training batches in each of the two curvature sets, or "auto".
-        run_dir: folder of the local results; by default ``sgd_probe`` in the trainer's log
+        run_dir: folder of the local results; by default ``sgd_probe_run`` in the trainer's log
             directory. A folder that holds a run already is left alone and a numbered one taken.
         name: prefix of every metric; give each probe of a trainer its own.
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
@@ -129,6 +133,8 @@ class SGDProbe(Callback):
             raise MisconfigurationException(
                 f"SGDProbe: expected `name` to be a non-empty string, found {name!r}"
             )
+        if run_dir is not None and not isinstance(run_dir, str | Path):
+            raise MisconfigurationException(f"SGDProbe: expected `run_dir` to be a path, found {run_dir!r}")
         if loss_fn is not None and not callable(loss_fn):
             raise MisconfigurationException(f"SGDProbe: expected `loss_fn` to be callable, found {loss_fn!r}")
         self.name = name
@@ -157,12 +163,26 @@ class SGDProbe(Callback):
         # Published even where the probe stands aside: a monitor whose key is missing would raise.
         self._metrics = CallbackMetricsSink(trainer)
         self._metrics.publish(verdict_counts({}, self.name))
-        why = refusal(trainer, pl_module)
+        why = refusal(trainer, pl_module) or self._name_taken(trainer)
         if why:
             log.warning("sgd_probe: off for this fit: %s.", why)
             return
         self._on = True
         self._start(trainer, pl_module)
+
+    def _name_taken(self, trainer: Trainer) -> str:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if callback is self:
+                return ""
+            if isinstance(callback, SGDProbe) and callback.name == self.name:
+                return f"another SGDProbe of this trainer has the name {self.name!r}: give each its own"
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are probes at rest: what belongs to a running fit stays with it."""
+        idle = SGDProbe(run_dir=self._run_dir, name=self.name, config=self.config, strict=self._strict)
+        running = ("_on", "_engine", "_sinks", "_metrics", "_hook")
+        return {**vars(self), **{name: getattr(idle, name) for name in running}}
 
     @_guarded
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +199,7 @@ class SGDProbe(Callback):
             params=self._params,
         )
         self._planned, self._stepped = False, True
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._on_optimizer_step())
+        self._hook = observe_steps(optimizer, self._on_optimizer_step)
 
     @_guarded
     def on_train_batch_start(
@@ -192,7 +212,9 @@ class SGDProbe(Callback):
             self._planned = True
             self._preflight(trainer, engine.preflight(batch, batch_idx, step))
         engine.offer(batch, batch_idx, step)
-        if self._stepped and engine.opening_due:
+        if self._stepped and engine.opening_due(step):
+            if engine.window_seconds > _LONG_PAUSE:
+                announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
             basis = engine.open_window(step)
             if basis is not None and self._metrics is not None:
                 self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
@@ -211,14 +233,14 @@ class SGDProbe(Callback):
         """Close a window that has seen its steps."""
         assert self._engine is not None
         if self._engine.closing_due:
-            self._close(trainer.global_step)
+            self._close(trainer)
 
     @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, as far as it got, and let the sinks finish."""
         assert self._engine is not None
         if self._engine.observed_steps >= _MIN_STEPS_AT_END:
-            self._close(trainer.global_step)
+            self._close(trainer)
         self._switch_off()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -229,13 +251,15 @@ class SGDProbe(Callback):
         """Let go, however the fit ended."""
         self._switch_off()
 
-    def _close(self, step: int) -> None:
+    def _close(self, trainer: Trainer) -> None:
         assert self._engine is not None
-        closed = self._engine.close_window(step)
+        closed = self._engine.close_window(trainer.global_step)
         if closed is None:
             return
         result, vectors = closed
         self.results.append(result)
+        if len(self.results) == 1 or result.cost.open_seconds > _LONG_PAUSE:
+            announce(trainer, f"sgd_probe: {_one_line(result)}")
         kept = {}
         if self.config.save_vectors and 4 * vectors.numel() <= self.config.max_vector_bytes:
             rows = vectors.float().cpu().numpy()
@@ -268,7 +292,8 @@ class SGDProbe(Callback):
         sinks: list[Sink] = [self._metrics]
         if not trainer.is_global_zero:
             return sinks
-        base = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir) / self.name
+        # Not "sgd_probe": in the working directory that would hide the package itself.
+        base = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}_run"
         sinks.append(FolderSink(fresh_folder(base), max_vector_bytes=self.config.max_vector_bytes))
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
@@ -285,3 +310,11 @@ class SGDProbe(Callback):
             self._hook = None
         sinks, self._sinks, self._metrics = self._sinks, SinkGroup([]), None
         sinks.finish()
+
+
+def _one_line(result: WindowResult) -> str:
+    counts = ", ".join(f"{count} {verdict.value}" for verdict, count in result.counts().items() if count)
+    return (
+        f"window {result.index} (steps {result.opened_at_step} to {result.closed_at_step}): {counts}; "
+        f"lambda_max {result.curvature.lambda_max:.3g}"
+    )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import io
+import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sgd_probe.engine import CurvatureError
 
@@ -20,11 +24,19 @@ if TYPE_CHECKING:
 else:
     # `lightning.pytorch` and `pytorch_lightning` are two copies of one code: a class that derives from
     # both is at home in either Trainer.
-    _PACKAGES = tuple(
-        importlib.import_module(name)
-        for name, root in (("pytorch_lightning", "pytorch_lightning"), ("lightning.pytorch", "lightning"))
-        if importlib.util.find_spec(root) is not None
-    )
+    def _installed():
+        from lightning_utilities.core import rank_zero
+
+        for name, root in (("pytorch_lightning", "pytorch_lightning"), ("lightning.pytorch", "lightning")):
+            if importlib.util.find_spec(root) is not None:
+                talking = getattr(rank_zero, "log", None)
+                fresh = name not in sys.modules
+                yield importlib.import_module(name)
+                # The second copy takes the first one's place as the one whose logger speaks to the user.
+                if fresh and talking is not None:
+                    rank_zero.log = talking
+
+    _PACKAGES = tuple(_installed())
     Callback = type("Callback", tuple(package.Callback for package in _PACKAGES), {})
     MisconfigurationException = type(
         "MisconfigurationException",
@@ -44,6 +56,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "announce",
+    "observe_steps",
     "planned_steps",
     "refusal",
     "training_loader",
@@ -55,13 +68,26 @@ _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
 
 
 def announce(trainer: Trainer, message: str) -> None:
-    """Show a message the way in which the trainer shows its own."""
+    """Show a message the way in which the trainer shows its own, above a progress bar if there is one."""
+    bar: Any = trainer.progress_bar_callback
+    if bar is not None and getattr(bar, "is_enabled", False):
+        bar.print(message)
+        return
     importlib.import_module(f"{_package(trainer)}.utilities.rank_zero").rank_zero_info(message)
 
 
 def planned_steps(trainer: Trainer) -> float:
     """Optimizer steps of the whole run, or infinity."""
-    return float(trainer.estimated_stepping_batches)
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if steps >= 0 else math.inf  # -1: a stream of unknown length
+
+
+def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None]) -> RemovableHandle:
+    """Call back after every step of an optimizer, before any hook of the user's can zero the gradients."""
+    handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: observe())
+    hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def training_loader(trainer: Trainer) -> Any:
@@ -79,7 +105,7 @@ def refusal(trainer: Trainer, module: LightningModule) -> str:
         return f"expected one optimizer, found {len(trainer.optimizers)}"
     if trainer.world_size > 1:
         return f"training on {trainer.world_size} processes is not supported yet"
-    if type(trainer.optimizers[0]).__name__ == "LBFGS":
+    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return (
             "LBFGS evaluates the loss several times a step and searches along lines; no mode moves by itself"
         )
@@ -121,10 +147,17 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("log", "log_dict", "print"):
             stack.enter_context(_shadowed(module, name, _nothing))
-        dummy = importlib.import_module(f"{_package(trainer)}.loggers.logger").DummyLogger
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        # A step may ask the trainer to stop.
+        stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
+        dummies = importlib.import_module(f"{_package(trainer)}.loggers.logger")
         loggers = trainer.loggers
         stack.callback(setattr, trainer, "loggers", loggers)
-        trainer.loggers = [dummy() for _ in loggers]
+        trainer.loggers = [dummies.DummyLogger() for _ in loggers]
+        writers = [writer for lg in loggers if (writer := getattr(lg, "_experiment", None)) is not None]
+        for name, value in list(vars(module).items()):
+            if any(value is writer for writer in writers):
+                stack.enter_context(_shadowed(module, name, dummies.DummyExperiment()))
         # Those who call wandb by itself; whoever has not imported it cannot.
         wandb = sys.modules.get("wandb")
         if wandb is not None and getattr(wandb, "run", None) is not None:

@@ -114,8 +114,8 @@ def _header(run: RunFolder) -> str:
     waiting = (
         ""
         if last
-        else "<p>Results appear here once the first window has closed; make this page again then. "
-        "The plan below says when to expect it.</p>"
+        else "<p>While training runs: results appear here once the first window has closed, if this page is "
+        "made again then. After training: the plan below says what a window would have taken.</p>"
     )
     return (
         f'<header><p class="eyebrow">sgd_probe report</p><h1>{escape(words)}</h1>'
@@ -198,7 +198,7 @@ def _mode_body(mode: ModeResult) -> str:
 def _mode_row(mode: ModeResult) -> list[str]:
     curvature = plus_minus(mode.held_out_eigenvalue, mode.held_out_standard_error)
     if mode.kind is ModeKind.FLAT:
-        curvature += _small(f"effective {number(mode.effective_curvature)}")
+        curvature = number(mode.effective_curvature) + _small(f"effective; v·Hv {curvature}")
     return [
         escape(mode.name) + ("" if _is_eigenvector(mode) else _small("not converged")),
         _verdict(mode.verdict) + (_small(mode.detail) if mode.detail else ""),

@@ -50,7 +50,8 @@ def read_run_folder(folder: Path) -> RunFolder:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"expected a run folder, found no folder at {folder}: pass the folder that holds {RUN_FILE}"
+            f"expected a run folder, found {'a file' if folder.exists() else 'nothing'} at {folder}: "
+            f"pass the folder that holds {RUN_FILE}"
         )
     info = _read_info(folder / RUN_FILE)
     windows, unreadable = _read_windows(folder / WINDOWS_FILE)

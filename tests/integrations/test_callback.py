@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -45,6 +46,7 @@ def data(**options: Any) -> DataLoader[Any]:
         ({"every_n_steps": 100, "window": 200}, "`every_n_steps`"),
         ({"curvature_batches": 0}, "`curvature_batches`"),
         ({"name": ""}, "`name`"),
+        ({"run_dir": 5}, "`run_dir`"),
         ({"loss_fn": 3}, "`loss_fn`"),
     ],
 )
@@ -96,6 +98,50 @@ def test_a_run_delivers_modes_metrics_and_a_folder(package: str, tmp_path: Path)
     steps = [step for step, row in trainer.logger.rows if "sgd_probe/lambda_max" in row]
     assert len(rows) == 3
     assert steps == [result.closed_at_step - 1 for result in probe.results]
+
+
+def test_windows_open_exactly_every_n_steps(tmp_path: Path) -> None:
+    for options in ({}, {"accumulate_grad_batches": 3}):
+        probe = quick_probe(strict=True, window=60, every_n_steps=60)
+        fit("pytorch_lightning", mlp, data, [probe], tmp_path, **options)
+        opened = [result.opened_at_step for result in probe.results]
+        assert [b - a for a, b in itertools.pairwise(opened)] == [60] * (len(opened) - 1)
+        assert len(opened) >= 3
+        assert all(r.closed_at_step - r.opened_at_step == 60 for r in probe.results[:-1])
+
+
+def test_momentum_that_changes_in_a_window_withholds_its_verdicts(tmp_path: Path) -> None:
+    def cycled(base: Any) -> Any:
+        module = mlp(base)
+
+        def configure() -> Any:
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=300)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+        module.configure_optimizers = configure
+        return module
+
+    probe = quick_probe(strict=True)
+    fit("pytorch_lightning", cycled, data, [probe], tmp_path)
+    for mode in probe.results[0].modes:
+        assert mode.verdict is Verdict.UNDETERMINED
+        assert "momentum changed" in mode.reason
+
+
+def test_sparse_gradients_are_read(tmp_path: Path) -> None:
+    class Sparse(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 6, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            inputs, labels = batch
+            return super().training_step((inputs + self.table(labels), labels), batch_idx)
+
+    probe = quick_probe(strict=True)
+    run(Sparse(), probe, tmp_path)
+    assert len(probe.results) == 2
 
 
 def test_a_run_under_every_n_steps_is_reproducible(tmp_path: Path) -> None:
@@ -183,7 +229,7 @@ def test_a_nan_loss_is_survived_with_one_warning(tmp_path: Path, caplog: pytest.
     ]
     assert len(warnings) == 1
     assert "finite loss" in warnings[0]
-    assert not (tmp_path / "sgd_probe").exists()
+    assert not (tmp_path / "sgd_probe_run").exists()
 
 
 def test_a_loss_that_turns_nan_during_a_window_is_reported(tmp_path: Path) -> None:
@@ -249,7 +295,7 @@ def test_a_trainer_without_a_logger_still_gets_results(tmp_path: Path) -> None:
     probe = quick_probe(strict=True)
     run(Tiny(), probe, tmp_path, logger=False)
     assert len(probe.results) == 2
-    assert (tmp_path / "sgd_probe" / "report.html").exists()
+    assert (tmp_path / "sgd_probe_run" / "report.html").exists()
 
 
 def test_it_stands_aside_in_a_fast_dev_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -257,7 +303,7 @@ def test_it_stands_aside_in_a_fast_dev_run(tmp_path: Path, caplog: pytest.LogCap
     run(Tiny(), probe, tmp_path, fast_dev_run=3)
     assert probe.results == []
     assert "fast_dev_run" in caplog.text
-    assert not (tmp_path / "sgd_probe").exists()
+    assert not (tmp_path / "sgd_probe_run").exists()
 
 
 def test_manual_optimisation_is_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -362,8 +408,8 @@ def test_a_second_fit_starts_anew_and_overwrites_nothing(tmp_path: Path) -> None
     for _ in range(2):
         run(Tiny(), probe, tmp_path)
         assert [result.index for result in probe.results] == [0, 1]
-    assert (tmp_path / "sgd_probe" / "windows.jsonl").exists()
-    assert (tmp_path / "sgd_probe_1" / "windows.jsonl").exists()
+    assert (tmp_path / "sgd_probe_run" / "windows.jsonl").exists()
+    assert (tmp_path / "sgd_probe_run_1" / "windows.jsonl").exists()
 
 
 def test_params_restrict_the_space(tmp_path: Path) -> None:
@@ -404,7 +450,7 @@ def test_a_window_that_can_never_be_paid_for_is_not_opened(
     probe = SGDProbe(config=config, strict=True)
     run(Tiny(), probe, tmp_path, steps=100)
     assert probe.results == []
-    assert caplog.text.count("no window opens yet") == 1
+    assert caplog.text.count("no window opens: one") == 1
 
 
 def test_a_dataset_as_batches_of_plain_tensors(tmp_path: Path) -> None:

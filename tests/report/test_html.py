@@ -194,7 +194,7 @@ def test_unknown_numbers_and_no_modes_at_all_make_a_page(tmp_path: Path) -> None
 
 
 def test_missing_or_damaged_runs_are_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="expected a run folder, found no folder"):
+    with pytest.raises(FileNotFoundError, match="expected a run folder, found nothing"):
         build_report(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"expected run\.json"):
         build_report(tmp_path)

@@ -1,0 +1,286 @@
+"""The Krylov solver on matrices whose spectrum is known."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sgd_probe.curvature.hessian import CurvatureError
+from sgd_probe.curvature.lanczos import LanczosResult, lanczos
+from tests.helpers.dense import Symmetric, assert_orthonormal, largest_angle, network_spectrum
+
+DOUBLE = torch.empty(0, dtype=torch.float64)
+SINGLE = torch.empty(0, dtype=torch.float32)
+
+
+def solve(
+    operator: Symmetric,
+    count: int,
+    *,
+    seed: int = 0,
+    tolerance: float = 1e-8,
+    like: Tensor = DOUBLE,
+    max_products: int | None = 400,
+    start: Tensor | None = None,
+) -> LanczosResult:
+    generator = torch.Generator().manual_seed(seed)
+    result = lanczos(
+        operator,
+        count,
+        like,
+        tolerance=tolerance,
+        max_products=max_products,
+        start=start,
+        generator=generator,
+    )
+    assert result.products == operator.products
+    check_claims(operator, result, like.dtype, tolerance)
+    return result
+
+
+def check_claims(operator: Symmetric, result: LanczosResult, dtype: torch.dtype, tolerance: float) -> None:
+    """What a result says of itself holds, whether it has converged or not."""
+    vectors = result.vectors.double()
+    eps = torch.finfo(dtype).eps
+    scale = float(result.eigenvalues.abs().max().clamp_min(1e-300))
+    true = (vectors @ operator.matrix - result.eigenvalues[:, None] * vectors).norm(dim=1) / scale
+    floor = 100 * eps + 1e-3 * tolerance
+    assert bool((true <= 1.5 * result.residuals + floor).all()), (true, result.residuals)
+    assert bool((result.residuals <= 1.5 * true + floor).all()), (true, result.residuals)
+    assert_orthonormal(vectors, atol=50 * eps)
+    assert result.orthogonality <= 50 * eps
+    magnitudes = result.eigenvalues.abs().tolist()
+    assert magnitudes == sorted(magnitudes, reverse=True)
+    assert result.vectors.dtype == dtype and result.eigenvalues.dtype == torch.float64
+
+
+def assert_finds_the_top(operator: Symmetric, result: LanczosResult, rtol: float) -> None:
+    values, _ = operator.eigenpairs()
+    count = len(result.eigenvalues)
+    scale = float(values[0].abs().clamp_min(1e-300))
+    assert result.converged, result.message
+    wrong = (result.eigenvalues.abs() - values[:count].abs()).abs() / scale
+    assert float(wrong.max()) <= rtol, (result.eigenvalues, values[:count])
+
+
+SPECTRA: dict[str, Tensor] = {
+    "outliers": torch.cat([torch.arange(10.0, 0, -1), torch.linspace(-0.05, 0.05, 110)]),
+    "both ends": torch.cat([torch.tensor([5.0, -4.5, 4, -3, 2.5, -2]), torch.linspace(-0.3, 0.3, 100)]),
+    "negative": -network_spectrum(120),
+    "network": network_spectrum(150),
+    "no gap": torch.linspace(0.0, 1.0, 100),
+    "huge": 1e12 * network_spectrum(100),
+    "tiny": 1e-12 * network_spectrum(100),
+}
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigenpairs_in_float64(name: str, count: int) -> None:
+    operator = Symmetric.of(SPECTRA[name], seed=count)
+    values, vectors = operator.eigenpairs()
+
+    result = solve(operator, count)
+
+    assert_finds_the_top(operator, result, rtol=1e-8)
+    assert float(result.residuals.max()) <= 1e-8
+    gap = float((values[:count, None] - values[None, count:]).abs().min() / values[0].abs())
+    assert largest_angle(result.vectors, vectors[:count]) <= 1e-8 * count**0.5 / gap + 1e-12
+
+
+@given(
+    spectrum=st.lists(st.floats(-100, 100).filter(lambda x: abs(x) > 1e-3), min_size=1, max_size=30),
+    count=st.integers(1, 12),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_spectrum(spectrum: list[float], count: int, seed: int) -> None:
+    operator = Symmetric.of(spectrum, seed)
+    result = solve(operator, count, seed=seed)
+    assert len(result.eigenvalues) == min(count, len(spectrum))
+    assert result.products <= len(spectrum)
+    assert_finds_the_top(operator, result, rtol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["outliers", "both ends", "network"])
+def test_float32_at_the_default_tolerance(name: str, seed: int) -> None:
+    operator = Symmetric.of(SPECTRA[name], seed)
+    result = solve(operator, 6, seed=seed, tolerance=1e-2, like=SINGLE, max_products=None)
+    values, _ = operator.eigenpairs()
+    assert result.converged
+    bound = result.residuals * values[0].abs() + 1e-5 * values[0].abs()
+    assert bool(((result.eigenvalues - values[:6]).abs() <= bound).all())
+    assert result.products < 40
+
+
+def test_costs_no_more_products_than_it_did() -> None:
+    counts = []
+    for seed in range(8):
+        operator = Symmetric.of(network_spectrum(600), seed)
+        result = solve(operator, 10, seed=seed, tolerance=1e-3, like=SINGLE, max_products=None)
+        assert_finds_the_top(operator, result, rtol=1e-3)
+        counts.append(result.products)
+    assert max(counts) <= 40
+    assert sum(counts) / len(counts) <= 34
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_late_outlier_is_not_missed(seed: int) -> None:
+    # Ten equal-looking values have small residuals well before the rare eleventh shows itself.
+    spectrum = torch.cat([torch.linspace(0.999, 1.0, 300), torch.tensor([1.3, -1.2])])
+    operator = Symmetric.of(spectrum, seed)
+    result = solve(operator, 2, seed=seed, tolerance=1e-2, like=SINGLE, max_products=None)
+    assert_finds_the_top(operator, result, rtol=0.02)
+
+
+class Diagonal(Symmetric):
+    """Large and cheap."""
+
+    def __init__(self, spectrum: Tensor) -> None:
+        super().__init__(spectrum)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        self.products += 1
+        return self.matrix.to(vector) * vector
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+def test_residuals_alone_would_have_stopped_on_a_wrong_set(tolerance: float) -> None:
+    spectrum = network_spectrum(10_000).double()
+    top = spectrum[spectrum.abs().argsort(descending=True)][:10]
+    for seed in range(30):  # with values that stood still but once, two of these were wrong
+        generator = torch.Generator().manual_seed(seed)
+        result = lanczos(Diagonal(spectrum), 10, SINGLE, tolerance=tolerance, generator=generator)
+        assert result.converged
+        torch.testing.assert_close(result.eigenvalues, top, rtol=0, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("like", [DOUBLE, SINGLE], ids=["float64", "float32"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_start_orthogonal_to_the_top_does_not_hide_it(seed: int, like: Tensor) -> None:
+    operator = Symmetric.of(SPECTRA["outliers"], seed)
+    _, vectors = operator.eigenpairs()
+    for start in (vectors[1:].sum(0), vectors[5], vectors[1:10].sum(0), 1e-9 * vectors[3], 1e9 * vectors[3]):
+        operator.products = 0
+        result = solve(operator, 3, seed=seed, tolerance=1e-3, like=like, start=start)
+        assert_finds_the_top(operator, result, rtol=1e-3)
+
+
+def test_a_start_on_the_axes_of_a_diagonal_matrix() -> None:
+    # In exact arithmetic the Krylov space of an eigenvector is that eigenvector.
+    operator = Symmetric(torch.diag(SPECTRA["outliers"]))
+    start = torch.eye(operator.size, dtype=torch.float64)[7]
+    assert_finds_the_top(operator, solve(operator, 4, start=start), rtol=1e-8)
+
+
+def test_the_start_is_not_written_to() -> None:
+    operator = Symmetric.of(SPECTRA["outliers"])
+    start = torch.full((operator.size,), 2.0, dtype=torch.float64)
+    solve(operator, 2, start=start)
+    assert bool((start == 2).all())
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "count"),
+    [
+        ([3.0] * 40, 4),  # the identity
+        ([0.0] * 40, 4),  # nothing at all
+        ([5.0, 3, -2] + [0.0] * 40, 6),  # rank below the number asked for
+        ([10.0] * 5 + [1.0] * 60, 10),
+        ([10.0, 10, 9, 8, 7, 6, 5, 5, 5] + [0.0] * 60, 3),
+        ([10.0, 10, 10, -9, -9, 8, 8, 7, 7, 6, 6, 5, 5] + [1.0] * 60, 5),
+        ([2.0, -2] * 20, 3),
+        ([1.0], 1),
+        ([1.0], 5),
+        ([-3.0, 2], 5),
+        ([3.0, 2, 1, 0.5], 3),
+        ([3.0, 2, 1, 0.5, 0.2, 0.1], 3),
+        ([0.0], 2),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_multiple_eigenvalues_low_ranks_and_small_spaces(
+    spectrum: list[float], count: int, seed: int
+) -> None:
+    operator = Symmetric.of(spectrum, seed)
+    result = solve(operator, count, seed=seed, tolerance=1e-3)
+    assert len(result.eigenvalues) == min(count, len(spectrum))
+    assert_finds_the_top(operator, result, rtol=1e-9)
+
+
+def test_of_an_exactly_double_outlier_one_copy_is_found() -> None:
+    # The known limit of a single starting vector: what is returned are eigenpairs, the copy may be missing.
+    operator = Symmetric.of(torch.cat([torch.tensor([10.0, 10, 9, 8]), torch.linspace(-0.5, 0.5, 150)]))
+    result = solve(operator, 3, tolerance=1e-3)
+    assert result.eigenvalues[0].item() == pytest.approx(10, rel=1e-6)
+    for value in result.eigenvalues.tolist():
+        assert min(abs(value - true) for true in (10, 9, 8)) < 1e-2
+
+
+def test_the_limit_is_a_limit_and_is_admitted() -> None:
+    operator = Symmetric.of(torch.linspace(0, 1, 500))
+    result = solve(operator, 10, max_products=15, tolerance=1e-6)
+    assert result.products == 15
+    assert not result.converged
+    assert "limit of 15" in result.message
+    assert float(result.residuals.max()) > 1e-6
+
+
+def test_fewer_products_than_pairs() -> None:
+    result = solve(Symmetric.of(network_spectrum(60)), 10, max_products=4)
+    assert len(result.eigenvalues) == len(result.vectors) == len(result.residuals) == 4
+    assert not result.converged
+
+
+def test_same_seed_same_answer() -> None:
+    first, second = (solve(Symmetric.of(SPECTRA["network"]), 3, seed=5, tolerance=1e-2) for _ in range(2))
+    assert torch.equal(first.vectors, second.vectors)
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+
+
+def test_progress_is_reported_product_by_product() -> None:
+    seen: list[int] = []
+    result = lanczos(Symmetric.of(SPECTRA["outliers"]), 3, DOUBLE, on_product=seen.append)
+    assert seen == list(range(1, result.products + 1))
+
+
+class Broken(Symmetric):
+    """Turns bad after a few products."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(Symmetric.of(SPECTRA["outliers"]).matrix)
+        self.how = how
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        product = super().matvec(vector)
+        if self.products == 5:
+            if self.how == "raise":
+                raise CurvatureError("expected a finite Hessian-vector product, found inf or nan")
+            product[3] = float(self.how)
+        return product
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "inf"])
+def test_products_that_are_not_finite_end_in_an_error(how: str) -> None:
+    operator = Broken(how)
+    with pytest.raises(RuntimeError) as caught:
+        lanczos(operator, 3, DOUBLE)
+    assert operator.products == 5
+    assert how != "raise" or isinstance(caught.value, CurvatureError)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scale_and_sign_change_nothing_else(sign: int) -> None:
+    spectrum = SPECTRA["both ends"]
+    reference = solve(Symmetric.of(spectrum), 5)
+    other = solve(Symmetric.of(sign * 1e6 * spectrum), 5)
+    torch.testing.assert_close(other.eigenvalues, sign * 1e6 * reference.eigenvalues)
+    assert largest_angle(other.vectors, reference.vectors) < 1e-6
+    for a, b in itertools.pairwise(other.eigenvalues.abs().tolist()):
+        assert a >= b

@@ -1,0 +1,187 @@
+"""The projector against dense numpy, and against the optimizer's own recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sgd_probe.dynamics.projection import Projection, Projector
+from tests.helpers.simulation import HeavyBall
+
+SHAPES = [(3, 4), (5,), (), (2, 3, 2)]
+SIZE = 30
+MODES = 4
+
+
+def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(SIZE, MODES, generator=generator, dtype=torch.float64))[0].T
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    return basis.to(dtype).contiguous(), parameters
+
+
+def flat(tensors: Sequence[Tensor | None]) -> NDArray[np.float64]:
+    """Dense float64 layout; None reads as zeros."""
+    pieces = [
+        np.zeros(shape).ravel() if tensor is None else tensor.detach().double().numpy().ravel()
+        for shape, tensor in zip(SHAPES, tensors, strict=True)
+    ]
+    return np.concatenate(pieces)
+
+
+def move(parameters: list[nn.Parameter], seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def give_gradients(parameters: list[nn.Parameter], seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def project(projector: Projector, decays: Sequence[float] = (0.0,) * len(SHAPES)) -> Projection:
+    projection = projector.project(decays)
+    assert projection is not None
+    return projection
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)]
+)
+@pytest.mark.parametrize("decays", [(0.0,) * 4, (0.3,) * 4, (0.3, 0.0, 0.01, 0.0)])
+@pytest.mark.parametrize("missing", [(), (1,), (0, 2, 3)])
+def test_projections_are_dense_products(
+    dtype: torch.dtype, tolerance: float, decays: tuple[float, ...], missing: tuple[int, ...]
+) -> None:
+    basis, parameters = make(dtype)
+    origin = flat(parameters)
+    projector = Projector(basis, parameters)
+    move(parameters)
+    give_gradients(parameters)
+    for index in missing:
+        parameters[index].grad = None
+    dense = basis.double().numpy()
+    weights = np.concatenate([np.full(p.numel(), d) for p, d in zip(parameters, decays, strict=True)])
+    found = project(projector, decays)
+    moved = flat(parameters) - origin
+    expected = {
+        "gradient": dense @ flat([parameter.grad for parameter in parameters]),
+        "displacement": dense @ moved,
+        "decay": dense @ (weights * moved),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(found, name), value, rtol=tolerance, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(projector.displacement(), expected["displacement"], atol=tolerance)
+    np.testing.assert_allclose(
+        projector.decay_at_origin(decays), dense @ (weights * origin), atol=tolerance, rtol=tolerance
+    )
+
+
+def test_a_gradient_that_was_missing_before_is_not_remembered() -> None:
+    basis, parameters = make(torch.float64)
+    projector = Projector(basis, parameters)
+    give_gradients(parameters)
+    project(projector)
+    parameters[0].grad = None
+    found = project(projector)
+    expected = basis.numpy() @ flat([p.grad for p in parameters])
+    np.testing.assert_allclose(found.gradient, expected, atol=1e-12)
+
+
+def test_gradients_and_weights_in_any_layout() -> None:
+    """Non-contiguous gradients (channels last, transposed) and gradients of another dtype."""
+    basis, parameters = make()
+    projector = Projector(basis, parameters)
+    give_gradients(parameters)
+    parameters[0].grad = torch.arange(12.0).reshape(4, 3).T
+    parameters[3].grad = torch.arange(12.0).reshape(2, 2, 3).transpose(1, 2)
+    assert not parameters[0].grad.is_contiguous() and not parameters[3].grad.is_contiguous()
+    expected = basis.double().numpy() @ flat([p.grad for p in parameters])
+    np.testing.assert_allclose(project(projector).gradient, expected, rtol=1e-5)
+
+
+def test_mixed_gradient_layouts_with_a_transposed_weight() -> None:
+    weight = nn.Parameter(torch.arange(6.0, dtype=torch.float64).reshape(2, 3).T)
+    projector = Projector(torch.eye(6, dtype=torch.float64), [weight])
+    weight.grad = torch.arange(6.0, dtype=torch.float64).reshape(3, 2)
+    found = projector.project([0.0])
+    assert found is not None
+    np.testing.assert_array_equal(found.gradient, np.arange(6.0))
+    np.testing.assert_array_equal(found.displacement, np.zeros(6))
+
+
+def test_no_gradient_at_all_is_a_skipped_step() -> None:
+    basis, parameters = make()
+    assert Projector(basis, parameters).project((0.0,) * len(SHAPES)) is None
+
+
+def test_numbers_that_are_not_finite_are_noticed() -> None:
+    basis, parameters = make()
+    projector = Projector(basis, parameters)
+    give_gradients(parameters)
+    assert project(projector).finite
+    grad = parameters[1].grad
+    assert grad is not None
+    grad[0] = torch.inf
+    assert not project(projector).finite
+    give_gradients(parameters)
+    with torch.no_grad():
+        parameters[0][0, 0] = torch.nan
+    assert not project(projector).finite
+
+
+def test_parameters_and_gradients_are_never_written_to() -> None:
+    basis, parameters = make()
+    projector = Projector(basis, parameters)
+    move(parameters)
+    give_gradients(parameters)
+    values = [parameter.detach().clone() for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    copies = [gradient.clone() for gradient in gradients if gradient is not None]
+    versions = [parameter._version for parameter in parameters]
+    for _ in range(3):
+        project(projector, (0.1, 0.2, 0.3, 0.4))
+        projector.displacement()
+        projector.decay_at_origin((0.1, 0.2, 0.3, 0.4))
+    for parameter, value, gradient, copy, version in zip(
+        parameters, values, gradients, copies, versions, strict=True
+    ):
+        assert torch.equal(parameter, value) and parameter._version == version
+        assert parameter.grad is gradient and gradient is not None and torch.equal(copy, gradient)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decays", [(0.0, 0.0), (0.05, 0.05), (0.2, 0.0)])
+def test_the_used_gradient_drives_the_momentum_recursion(
+    momentum: float, dampening: float, decays: tuple[float, float]
+) -> None:
+    """v.grad + v.W theta (theta before the step) is what torch.optim.SGD really uses."""
+    torch.manual_seed(0)
+    first, second = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+    curvature = torch.rand(6, dtype=torch.float64)
+    groups = [{"params": [p], "weight_decay": d} for p, d in zip((first, second), decays, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, dampening=dampening)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0][:4].contiguous()
+    projector = Projector(basis, [first, second])
+    at_origin = projector.decay_at_origin(decays)
+    since, ball = np.zeros(4), HeavyBall(np.zeros(4), momentum, dampening)
+    for step in range(20):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate = 0.1 / (1 + step)
+        theta = torch.cat([first, second]).detach()
+        gradient = curvature * theta + torch.randn(6, dtype=torch.float64)
+        first.grad, second.grad = gradient[:3].clone(), gradient[3:].clone()
+        optimizer.step()
+        projection = projector.project(decays)
+        assert projection is not None
+        ball.step(projection.gradient + at_origin + since, rate)
+        np.testing.assert_allclose(projection.displacement, ball.position, rtol=1e-12, atol=1e-12)
+        since = projection.decay

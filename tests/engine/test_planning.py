@@ -1,0 +1,168 @@
+"""When windows open and how long they are, by a simulated clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
+from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
+from sgd_probe.engine.planning import (
+    MAX_BATCHES,
+    MAX_SAMPLES,
+    MAX_WINDOW,
+    MIN_SAMPLES,
+    Schedule,
+    choose_curvature_batches,
+    choose_window,
+    gradients_per_batch,
+)
+
+CURVATURES = st.lists(st.one_of(st.floats(-10, 1e4), st.just(math.inf)), max_size=10)
+
+
+class TestWindowLength:
+    @given(
+        top=st.lists(st.floats(0.5, 100), min_size=1, max_size=10),
+        rate=st.floats(1e-3, 0.1),
+        left=st.integers(500),
+    )
+    def test_stiff_modes_reach_the_rule_s_horizon_with_a_margin(
+        self, top: list[float], rate: float, left: int
+    ) -> None:
+        plan = choose_window(ProbeConfig(), top, [], rate, left)
+        reach = min(MAX_WINDOW, left)
+        able = [c for c in top if 1.25 * CONFINED_RELAXATION_TIMES / (rate * c) <= reach - 1]
+        for curvature in able:
+            assert plan.steps * rate * curvature >= 1.25 * CONFINED_RELAXATION_TIMES * (1 - 1e-9)
+        assert f"of {len(top)} stiff modes" in plan.reason
+
+    @given(
+        top=CURVATURES,
+        flat=CURVATURES,
+        rate=st.one_of(st.just(0.0), st.floats(1e-8, 10)),
+        left=st.one_of(st.just(math.inf), st.integers(MIN_WINDOW, 10**7)),
+        period=st.one_of(st.none(), st.integers(MIN_WINDOW, 10**6)),
+    )
+    def test_it_fits_whatever_comes(
+        self, top: list[float], flat: list[float], rate: float, left: float, period: int | None
+    ) -> None:
+        plan = choose_window(ProbeConfig(every_n_steps=period), top, flat, rate, left)
+        assert MIN_WINDOW <= plan.steps <= min(left, MAX_WINDOW, period or math.inf)
+        assert plan.reason
+
+    def test_the_user_s_word_wins_unless_the_run_ends(self) -> None:
+        config = ProbeConfig(window=300)
+        assert choose_window(config, [1.0], [], 0.1, math.inf).steps == 300
+        cut = choose_window(config, [1.0], [], 0.1, 120)
+        assert cut.steps == 120 and "120 steps that are left" in cut.reason
+
+    def test_it_says_where_flat_directions_will_not_stay_flat(self) -> None:
+        plan = choose_window(ProbeConfig(), [1.0], [0.5, 1e-9, 0.02], 0.125, math.inf)
+        assert (plan.steps, plan.reason) == (200, "1 of 1 stiff modes reach 20 relaxation times")
+        plan = choose_window(ProbeConfig(), [1.0], [0.5, 0.0625, 0.02], 0.125, math.inf)
+        assert plan.steps == 200
+        assert plan.reason.endswith("; half of the flat directions stay flat for 128 steps only")
+
+    def test_a_learning_rate_of_zero_is_no_division_by_zero(self) -> None:
+        plan = choose_window(ProbeConfig(), [1.0], [0.1], 0.0, math.inf)
+        assert plan.steps == 200 and plan.reason.startswith("0 of 1 stiff modes")
+
+
+class TestCurvatureBatches:
+    @given(samples=st.integers(1, 10**5), steps=st.one_of(st.just(math.inf), st.integers(0, 10**8)))
+    def test_bounds(self, samples: int, steps: float) -> None:
+        found = choose_curvature_batches(ProbeConfig(), samples, steps)
+        # Two at least: one batch alone gives no standard error and no noise.
+        assert 2 <= found <= MAX_BATCHES
+        assert found * samples >= MIN_SAMPLES or found == MAX_BATCHES
+        assert (found - 1) * samples <= MAX_SAMPLES or found == 2
+
+    def test_the_user_s_word_wins(self) -> None:
+        assert choose_curvature_batches(ProbeConfig(curvature_batches=77), 64, 10) == 77
+
+    def test_long_runs_afford_more(self) -> None:
+        found = [choose_curvature_batches(ProbeConfig(), 64, steps) for steps in (1e3, 1e5, 1e6, math.inf)]
+        assert found == sorted(found) and found[0] == 2 and found[-1] == 32
+
+    def test_windows_cost_more_with_more_modes(self) -> None:
+        costs = [gradients_per_batch(ProbeConfig(top=t, flat=f)) for t, f in ((5, 0), (10, 0), (10, 4))]
+        assert 0 < costs[0] < costs[1] < costs[2]
+
+
+class Clock:
+    """A run of equal steps in which a window costs the same seconds every time and runs for 100 steps."""
+
+    def __init__(
+        self, config: ProbeConfig, *, steps: int, step_seconds: float, window_seconds: float, first: int = 0
+    ) -> None:
+        self.opened: list[int] = []
+        self.spent = self.training = 0.0
+        schedule = Schedule(config, first, steps)
+        open_until = first
+        for step in range(first, steps):
+            due = step >= open_until and schedule.due(step, 0, self.spent, window_seconds, self.training)
+            if due:
+                if self.opened and config.every_n_steps is None:
+                    assert self.spent + window_seconds <= config.max_overhead * self.training
+                schedule.open(step)
+                self.opened.append(step)
+                self.spent += window_seconds
+                open_until = step + 100
+            self.training += step_seconds
+        self.schedule = schedule
+
+
+@pytest.mark.parametrize("window_seconds", [0.01, 1.0, 4.9, 20.0, 300.0])
+@pytest.mark.parametrize("step_seconds", [0.001, 0.1, 2.0])
+@pytest.mark.parametrize("overhead", [0.01, 0.05, 0.5])
+def test_the_budget_is_held(window_seconds: float, step_seconds: float, overhead: float) -> None:
+    config = ProbeConfig(max_overhead=overhead)
+    clock = Clock(config, steps=5_000, step_seconds=step_seconds, window_seconds=window_seconds)
+    grace = window_seconds if window_seconds <= config.grace_seconds else 0.0
+    assert clock.spent <= overhead * clock.training * (1 + 1e-6) + grace
+    affordable = overhead * clock.training / window_seconds
+    if affordable >= 1.05 or grace:
+        assert clock.opened and clock.opened[0] <= 50  # the first comes early
+    else:
+        assert not clock.opened and clock.schedule.unaffordable
+    if affordable >= 2:
+        # Windows of 100 steps are the other bound.
+        assert len(clock.opened) >= min(int(affordable * 0.8), 45)
+
+
+def test_a_run_without_an_end_pays_its_first_window_later() -> None:
+    schedule = Schedule(ProbeConfig(), 0, math.inf)
+    assert schedule.due(0, 0, 0.0, 1e4, 0.0)
+
+
+def test_a_resumed_run_counts_from_where_it_began() -> None:
+    clock = Clock(ProbeConfig(), steps=3_000, step_seconds=0.1, window_seconds=6.0, first=1_000)
+    assert 1_000 <= clock.opened[0] <= 1_050
+    assert clock.spent <= 0.05 * clock.training
+
+
+@pytest.mark.parametrize("seconds", [(0.001, 100.0), (5.0, 1e-6)])
+def test_every_n_steps_does_not_look_at_the_clock(seconds: tuple[float, float]) -> None:
+    config = ProbeConfig(every_n_steps=400)
+    clock = Clock(config, steps=2_000, step_seconds=seconds[0], window_seconds=seconds[1])
+    assert clock.opened == [0, 400, 800, 1200, 1600]
+
+
+def test_no_window_opens_where_none_would_fit() -> None:
+    for config in (ProbeConfig(), ProbeConfig(every_n_steps=100)):
+        schedule = Schedule(config, 0, 1_000)
+        assert schedule.steps_left(951) == 49
+        assert not schedule.due(951, 0, 0.0, 0.0, 1e6)
+        assert schedule.due(950, 0, 0.0, 0.0, 1e6)
+
+
+def test_a_postponed_window_waits() -> None:
+    schedule = Schedule(ProbeConfig(), 0, math.inf)
+    schedule.postpone(10, 200)
+    assert not schedule.due(209, 0, 0.0, 0.0, 1.0)
+    assert schedule.due(210, 0, 0.0, 0.0, 1.0)
+    assert schedule.opened == 0
