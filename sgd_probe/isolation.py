@@ -8,14 +8,17 @@ random number generator that the program can be expected to use, are what they w
 from __future__ import annotations
 
 import argparse
+import array
 import collections
+import functools
+import queue
 import random
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -40,19 +43,37 @@ _FRAMEWORKS = frozenset(
     }
 )
 #: Python's own classes that people keep their own state in.
-_PLAIN = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
+_PLAIN = (
+    types.SimpleNamespace,
+    argparse.Namespace,
+    collections.UserDict,
+    collections.UserList,
+    functools.partial,
+    queue.Queue,
+)
 #: Longer containers are restored as a whole; their elements are not looked into one by one.
 _MAX_ELEMENTS = 10_000
 
 
+class IsolationError(RuntimeError):
+    """The user's code uses something that cannot be put back, so it cannot be evaluated twice."""
+
+
 @contextmanager
-def isolated(module: nn.Module) -> Iterator[None]:
+def isolated(module: nn.Module, *others: Any) -> Iterator[None]:
     """Let the body evaluate ``module`` as it likes; afterwards nothing of it is left.
 
-    Gradients are enabled, compiled parts run eagerly and attention takes the mathematical kernel,
-    because double backward goes through neither compiled code nor fused attention.
+    Gradients are enabled, compiled parts run eagerly, attention takes the mathematical kernel and
+    recurrent layers theirs, because double backward goes through none of the faster ones.
+
+    Args:
+        module: the user's module.
+        others: containers to put back as well (the settings of an optimizer, say).
+
+    Raises:
+        IsolationError: in the body, where it uses an iterator or an open file of the module's.
     """
-    restores = [capture_rng(), capture_module(module)]
+    restores = [capture_rng(), capture(module, *others)]
     with ExitStack() as stack:
         for restore in restores:
             stack.callback(restore)
@@ -61,6 +82,8 @@ def isolated(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(child, nn.RNNBase) for child in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # Importing dynamo takes seconds; where nobody has, there is nothing compiled to bypass.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -77,7 +100,7 @@ def rehearsed(module: nn.Module) -> Iterator[set[nn.Parameter]]:
     Yields:
         The parameters that the body wrote to: complete on exit.
     """
-    restore, guard = capture_module(module), _WriteGuard(module.parameters())
+    restore, guard = capture(module), _WriteGuard(module.parameters())
     try:
         with guard:
             yield guard.written
@@ -116,15 +139,16 @@ def capture_rng() -> Restore:
     return restore
 
 
-def capture_module(module: nn.Module) -> Restore:
-    """Remember all that a forward pass or a training step can change on a module.
+def capture(*roots: Any) -> Restore:
+    """Remember all that a forward pass or a training step can change on a module or a container.
 
-    That is, for it and every submodule: its attributes (containers, counters, generators and plain
+    That is, for a module and every submodule: its attributes (containers, counters, generators and plain
     objects are looked into; metric states are attributes), buffers with their values, parameters
     with their ``grad`` and ``requires_grad``, the mode flag and the hooks. Values of parameters are
-    not copied: see :func:`rehearsed`.
+    not copied: see :func:`rehearsed`. Iterators and open files cannot be rewound: until the state is
+    restored, something that refuses to be used stands in their place.
     """
-    return _Capture().module(module)
+    return _Capture().capture(roots)
 
 
 class _Capture:
@@ -135,8 +159,8 @@ class _Capture:
         self._seen: dict[int, Any] = {}  # the object is kept: a freed one could hand its id on
         self._pending: list[Any] = []
 
-    def module(self, module: nn.Module) -> Restore:
-        self._pending.append(module)
+    def capture(self, roots: Iterable[Any]) -> Restore:
+        self._pending.extend(roots)
         while self._pending:
             self._visit(self._pending.pop())
         return self._restore
@@ -156,12 +180,19 @@ class _Capture:
             self._tensor(value)
         elif isinstance(value, nn.Module):
             self._attributes(value)
+            self._classes(type(value))
+        elif isinstance(value, types.FunctionType):
+            self._closure(value)
+        elif isinstance(value, types.MethodType):
+            self._pending.append(value.__self__)
         elif isinstance(value, np.ndarray):
             self._array(value)
         elif isinstance(value, dict):
             self._dict(value)
         elif isinstance(value, list | collections.deque):
             self._sequence(value)
+        elif isinstance(value, bytearray | array.array):
+            self._bytes(value)
         elif isinstance(value, set):
             self._set(value)
         elif isinstance(value, tuple | frozenset):
@@ -219,6 +250,9 @@ class _Capture:
                 mapping.update(saved)
 
         self._restores.append(restore)
+        for key, value in saved:
+            if _runs_out(value):
+                mapping[key] = _Untouchable(key, value)
         self._elements([value for _, value in saved])
 
     def _set(self, value: set[Any]) -> None:
@@ -241,7 +275,39 @@ class _Capture:
                 sequence.extend(saved)
 
         self._restores.append(restore)
+        for index, value in enumerate(saved[:_MAX_ELEMENTS]):
+            if _runs_out(value):
+                sequence[index] = _Untouchable(f"element {index}", value)
         self._elements(saved)
+
+    def _bytes(self, values: Any) -> None:
+        saved = values[:]
+
+        def restore() -> None:
+            values[:] = saved
+
+        self._restores.append(restore)
+
+    def _classes(self, cls: type) -> None:
+        """Counters and containers that people keep on the class of their module."""
+        for owner in cls.__mro__:
+            if not _is_users_class(owner):
+                continue
+            saved = {k: v for k, v in vars(owner).items() if not k.startswith("__") and _is_data(v)}
+            self._restores.append(functools.partial(_rebind, owner, saved))
+            self._elements(list(saved.values()))
+
+    def _closure(self, function: types.FunctionType) -> None:
+        """What a hook or a local function keeps in the variables around it."""
+        if function.__module__ is None or function.__module__.partition(".")[0] in _FRAMEWORKS:
+            return
+        for cell in function.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+            self._restores.append(functools.partial(setattr, cell, "cell_contents", content))
+            self._pending.append(content)
 
     def _elements(self, values: Any) -> None:
         if len(values) <= _MAX_ELEMENTS:
@@ -338,6 +404,43 @@ def _slots(owner: Any) -> dict[str, Any]:
     """Attributes that an object keeps outside of its ``__dict__``."""
     state = object.__getstate__(owner)
     return state[1] if isinstance(state, tuple) else {}
+
+
+def _rebind(owner: type, saved: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if vars(owner).get(name) is not value:
+            setattr(owner, name, value)
+
+
+def _is_data(value: Any) -> bool:
+    return not (callable(value) or hasattr(value, "__get__"))
+
+
+def _runs_out(value: Any) -> bool:
+    """An iterator or an open file: what Python or a framework keeps of its state is out of reach."""
+    if type(value) in weakref.ProxyTypes or isinstance(value, nn.Module):
+        return False
+    return isinstance(value, Iterator) and not _is_users(value)
+
+
+class _Untouchable:
+    """Stands in for what would run out."""
+
+    def __init__(self, name: object, value: Any) -> None:
+        vars(self)["words"] = f"`{name}` ({type(value).__name__})"
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise IsolationError(
+            "expected a training step that can be evaluated once more, found it using "
+            f"{vars(self)['words']}, which cannot be rewound: give the probe a loss_fn that does without it"
+        )
+
+    __iter__ = __next__ = __getattr__ = __setattr__ = __call__ = __enter__ = _refuse
+
+
+def _is_users_class(cls: type) -> bool:
+    root = cls.__module__.partition(".")[0]
+    return root not in _FRAMEWORKS and root not in sys.stdlib_module_names
 
 
 def _is_users(value: Any) -> bool:

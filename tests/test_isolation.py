@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
-from sgd_probe.isolation import capture_module, isolated, rehearsed, seed_all
+from sgd_probe.isolation import capture, isolated, rehearsed, seed_all
 
 torch.set_num_threads(1)
 
@@ -295,7 +295,7 @@ def test_whatever_is_done_is_undone(deed: Callable[[Network], None], raises: boo
     assert surroundings() == around
 
 
-@pytest.mark.parametrize("deeds", itertools.pairwise([*DEEDS[:1], *DEEDS[3:], DEEDS[1]]), ids=str)
+@pytest.mark.parametrize("deeds", list(itertools.pairwise([*DEEDS[:1], *DEEDS[3:], DEEDS[1]])))
 def test_windows_may_follow_and_contain_each_other(deeds: tuple[Callable[[Network], None], ...]) -> None:
     module = network()
     before = picture(module)
@@ -413,7 +413,7 @@ def clones(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
 
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "clone", clone)
-        capture_module(module)
+        capture(module)
     return copied
 
 

@@ -62,8 +62,12 @@ def _clone_object(value: Any) -> Any:
     leaves = _leaves(value, depth=4)  # held until the end: a freed one could hand its id on
     try:
         return copy.deepcopy(value, {id(leaf): clone(leaf) for leaf in leaves})
-    except Exception:  # an object that refuses to be copied is passed on as it is
-        return value
+    except Exception as error:
+        # Passed on as it is, an in-place edit by the loss would reach the user's own batch.
+        raise TypeError(
+            f"expected a batch that can be copied, found a {type(value).__name__} that cannot ({error}): "
+            "give it a __deepcopy__"
+        ) from error
 
 
 def _leaves(value: Any, depth: int) -> list[Tensor | np.ndarray[Any, Any]]:

@@ -29,6 +29,10 @@ class CurvatureError(RuntimeError):
     """The loss cannot be probed here and now; training is not concerned."""
 
 
+class WrongHessianError(CurvatureError):
+    """What would be computed is not the Hessian of the loss, now or later."""
+
+
 @dataclass(frozen=True)
 class _Graph:
     """Loss gradient of one batch with the graph that leads to it."""
@@ -153,10 +157,23 @@ class HessianOperator:
 
     def _build(self, batch: CurvatureBatch) -> _Graph:
         aliases, loss = self._caller.loss(self.space, batch)
+        self._check_reach(loss)
         gradient = torch.autograd.grad(
             loss, aliases, create_graph=True, allow_unused=True, materialize_grads=True
         )
         return _Graph(aliases, list(gradient), batch.samples / self._samples)
+
+    def _check_reach(self, loss: Tensor) -> None:
+        """Refuse a loss that reaches a probed weight by another way than the aliases."""
+        live = self.space.parameters
+        reached = torch.autograd.grad(loss, live, retain_graph=True, allow_unused=True)
+        around = [n for n, g in zip(self.space.names, reached, strict=True) if g is not None]
+        if around:
+            raise WrongHessianError(
+                f"expected the loss to reach {around[0]} through the module's attributes, found another "
+                "way to it (a list of parameters, an optimizer's groups): its part of the Hessian would be "
+                "missing. Use the attribute in the training step, or give a loss_fn"
+            )
 
 
 class _Caller(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sgd_probe.curvature.hessian import CurvatureError, HessianOperator
+from sgd_probe.curvature.hessian import HessianOperator, WrongHessianError
 from sgd_probe.curvature.linear_algebra import inner, norm, random_unit
 
 #: Largest tolerated ``|u.Hw - w.Hu|`` relative to ``|w.Hu|``, in units of sqrt(eps).
@@ -24,7 +24,7 @@ def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str
         One line for people.
 
     Raises:
-        CurvatureError: the operator is not symmetric, so it is no Hessian.
+        WrongHessianError: the operator is not symmetric, so it is no Hessian.
     """
     space = operator.space
     like = torch.empty(0, dtype=space.dtype, device=space.device)
@@ -35,8 +35,8 @@ def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str
         return "the Hessian vanishes on random vectors: a loss that is linear in the weights"
     defect = abs(float(inner(u[None], operator.matvec(image / length))) / length - 1.0)
     if defect > SYMMETRY_TOLERANCE * torch.finfo(space.dtype).eps ** 0.5:
-        raise CurvatureError(
+        raise WrongHessianError(
             f"expected a symmetric Hessian, found u.Hw and w.Hu apart by {defect:.1e}: some part of the loss "
-            "has a wrong second derivative (a custom autograd function, perhaps)"
+            "has a wrong second derivative (a custom autograd function, or weight_norm on the CPU)"
         )
     return f"symmetric to {defect:.0e}; not compared with finite differences"

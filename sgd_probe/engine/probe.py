@@ -23,6 +23,7 @@ from sgd_probe.curvature.hessian import (
     GradientCost,
     HessianOperator,
     LossFunction,
+    WrongHessianError,
     gradient_noise_trace,
     measure_gradient,
 )
@@ -172,7 +173,7 @@ class ProbeEngine:
             CurvatureError: the loss cannot be probed.
         """
         frozen = self._freeze(batch, index)
-        with self.ledger.charge(), isolated(self._module):
+        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
             self._cost = measure_gradient(self._module, self._loss, frozen, self.space)
         config = self.config
         self._batches_per_set = choose_curvature_batches(config, frozen.samples, self._planned_steps)
@@ -228,8 +229,10 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
-            with self.ledger.charge() as charge, isolated(self._module):
+            with self.ledger.charge() as charge, isolated(self._module, self._optimizer.param_groups):
                 self._window = self._open(step)
+        except WrongHessianError:
+            raise  # waiting does not mend it
         except (CurvatureError, torch.OutOfMemoryError) as error:
             self._failures += 1
             self._schedule.postpone(step, RETRY_STEPS)
@@ -352,8 +355,8 @@ class ProbeEngine:
         if sampling.scheme == "with_replacement" or sampling.batches is None or sampling.batches >= needed:
             return ""
         return (
-            f"An epoch has {sampling.batches} batches where the two curvature sets need {needed}: they share "
-            "samples, so held-out values are not independent of those on the finding batches."
+            f"An epoch has {sampling.batches} batches where the two curvature sets need {needed}: they may "
+            "share samples, and held-out values are then not independent of those on the finding batches."
         )
 
     def _retain_graphs(self) -> bool:
@@ -479,7 +482,7 @@ class ProbeEngine:
             return ()
         try:
             with (
-                isolated(self._module),
+                isolated(self._module, self._optimizer.param_groups),
                 HessianOperator(
                     self._module, self._loss, window.certifying, self.space, self._retain_graphs()
                 ) as operator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +52,17 @@ class Sampling:
         return line
 
 
-def read_sampling(loader: Any, choice: SamplingChoice = "auto") -> Sampling:
+def read_sampling(loader: Any, choice: SamplingChoice = "auto", batches: int | None = None) -> Sampling:
     """Read a loader without touching it: no iteration, no generator.
 
     Args:
         loader: the live training loader; anything but a torch ``DataLoader`` is "unknown".
         choice: the user's word, which wins.
+        batches: what the loop takes from an epoch, where it knows better than the loader.
     """
     found = _read(loader)
+    if batches is not None:
+        found = dataclasses.replace(found, batches=batches)
     if choice == "auto":
         return found
     return Sampling(choice, found.samples, found.batch_size, found.batches, found.drop_last)

@@ -20,6 +20,7 @@ from sgd_probe.integrations.lightning_compat import (
     MisconfigurationException,
     Trainer,
     announce,
+    batches_per_epoch,
     observe_steps,
     planned_steps,
     refusal,
@@ -182,7 +183,9 @@ class SGDProbe(Callback):
         """Copies and pickles are probes at rest: what belongs to a running fit stays with it."""
         idle = SGDProbe(run_dir=self._run_dir, name=self.name, config=self.config, strict=self._strict)
         running = ("_on", "_engine", "_sinks", "_metrics", "_hook")
-        return {**vars(self), **{name: getattr(idle, name) for name in running}}
+        state = {**vars(self), **{name: getattr(idle, name) for name in running}}
+        # The trainer lends its callbacks the module's log methods.
+        return {key: value for key, value in state.items() if key not in ("log", "log_dict")}
 
     @_guarded
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +195,9 @@ class SGDProbe(Callback):
             training_loss(trainer, self._loss_fn),
             optimizer,
             self.config,
-            sampling=read_sampling(training_loader(trainer), self.config.sampling),
+            sampling=read_sampling(
+                training_loader(trainer), self.config.sampling, batches_per_epoch(trainer)
+            ),
             planned_steps=planned_steps(trainer),
             first_step=trainer.global_step,
             accumulation=trainer.accumulate_grad_batches,

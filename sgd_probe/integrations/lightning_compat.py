@@ -56,6 +56,7 @@ __all__ = [
     "MisconfigurationException",
     "Trainer",
     "announce",
+    "batches_per_epoch",
     "observe_steps",
     "planned_steps",
     "refusal",
@@ -88,6 +89,12 @@ def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None])
     hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
     hooks.move_to_end(handle.id, last=False)
     return handle
+
+
+def batches_per_epoch(trainer: Trainer) -> int | None:
+    """Batches that the trainer takes from an epoch, or None for a stream of unknown length."""
+    count = trainer.num_training_batches
+    return int(count) if math.isfinite(count) else None
 
 
 def training_loader(trainer: Trainer) -> Any:

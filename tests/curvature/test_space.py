@@ -52,7 +52,6 @@ def test_takes_every_trainable_parameter_once() -> None:
         (lambda name, parameter: parameter.ndim == 2, {"encoder.0.weight", "head.weight"}),
         (None, set(ALL)),
     ],
-    ids=str,
 )
 def test_filters(chosen: ParameterFilter, expected: set[str]) -> None:
     assert set(ParameterSpace.of(Network(), chosen).names) == expected
@@ -66,9 +65,7 @@ def test_frozen_parameters_and_those_of_no_optimizer_are_left_out() -> None:
     assert ParameterSpace.of(module, among=among).names == ("head.weight", "head.bias")
 
 
-@pytest.mark.parametrize(
-    "chosen", ["nothing.*", [], re.compile("nothing"), lambda name, parameter: False], ids=str
-)
+@pytest.mark.parametrize("chosen", ["nothing.*", [], re.compile("nothing"), lambda name, parameter: False])
 def test_an_empty_choice_is_refused(chosen: ParameterFilter) -> None:
     with pytest.raises(ValueError, match=r"expected parameters to probe.*params"):
         ParameterSpace.of(Network(), chosen)
