@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.lanczos import LinearOperator
-from sgd_probe.curvature.linear_algebra import inner, norm, orthogonalise, random_unit
+from sgd_probe.curvature.linear_algebra import norm, orthogonalise, random_unit
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,3 @@ def _minimiser(
     orthogonalise(direction, taken)
     quotient = float(weights @ inside[:used, :used] @ weights)
     return direction / norm(direction), quotient, float(singular[-1]), used
-
-
-def orthogonality(rows: Tensor) -> float:
-    """Largest |v_i . v_j| of two different unit rows; 0 for fewer than two."""
-    if len(rows) < 2:
-        return 0.0
-    gram = torch.stack([inner(rows, row) for row in rows])
-    return float((gram - torch.diag(gram.diagonal())).abs().max())

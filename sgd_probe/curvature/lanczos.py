@@ -3,19 +3,27 @@
 The stop looks at two pairs more than were asked for and at values that stand still twice: residuals
 alone stop on a wrong set, all small before the last outlier has appeared. What no stop sees from one
 starting vector are the further copies of an exactly multiple eigenvalue; those appear late, if at all.
+
+Where memory bounds the basis, it is restarted with the best Ritz vectors kept (thick restart).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sgd_probe.curvature.linear_algebra import inner, norm, orthogonalise, random_unit
+from sgd_probe.curvature.krylov import KrylovBasis
+from sgd_probe.curvature.linear_algebra import norm, orthogonality, random_unit
 
+#: Pairs watched beyond those that were asked for.
+_EXTRA_PAIRS = 2
+#: Fewest vectors beside the watched pairs that a restart can work with.
+_MIN_FREE_VECTORS = 4
 #: Share of noise in a given first vector: one that is orthogonal to an eigenvector never finds it.
 _NOISE = 0.1
 
@@ -39,6 +47,8 @@ class LanczosResult:
         residuals: ``||Hv - lambda v|| / |lambda_1|`` per pair, float64, shape (k,).
         orthogonality: largest |v_i . v_j| of two different rows.
         products: matrix-vector products used.
+        restarts: how often the basis had to be restarted.
+        seconds: wall time.
         converged: every pair reached the tolerance and the set was stable.
         message: why it stopped.
     """
@@ -48,8 +58,20 @@ class LanczosResult:
     residuals: Tensor
     orthogonality: float
     products: int
+    restarts: int
+    seconds: float
     converged: bool
     message: str
+
+
+def smallest_basis(count: int) -> int:
+    """Fewest vectors with which ``count`` pairs can be found."""
+    return count + _EXTRA_PAIRS + _MIN_FREE_VECTORS
+
+
+def most_products(count: int) -> int:
+    """Products after which the search for ``count`` pairs gives up, where memory does not bound it."""
+    return 3 * count + 40
 
 
 def lanczos(
@@ -59,6 +81,7 @@ def lanczos(
     *,
     tolerance: float = 1e-2,
     max_products: int | None = None,
+    max_vectors: int | None = None,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_product: Callable[[int], None] | None = None,
@@ -70,88 +93,142 @@ def lanczos(
         count: number of pairs; fewer are returned where the space is smaller.
         like: any tensor of the dtype and device to work in.
         tolerance: bound on ``||Hv - lambda v|| / |lambda_1|``.
-        max_products: products after which it gives up, and says so; default ``3 * count + 40``.
+        max_products: products after which it gives up, and says so; default :func:`most_products`, and
+            three times that where memory makes it restart.
+        max_vectors: vectors held at once; unbounded by default.
         start: first vector (the sum of an earlier basis, say), to which noise is added; random if None.
         generator: source of random vectors (CPU).
         on_product: called with the number of products so far, for progress.
 
     Returns:
         The pairs found, converged or not: look at ``residuals`` and ``message``.
-    """
-    size = operator.size
-    generator = generator or torch.Generator().manual_seed(0)
-    count = min(count, size)
-    limit = min(max_products or 3 * count + 40, size)
-    basis = torch.empty((limit + 1, size), dtype=like.dtype, device=like.device)
-    projected = torch.zeros((limit, limit), dtype=torch.float64)  # the basis' own H, built column by column
-    basis[0] = random_unit(size, like, generator)
-    if start is not None:
-        basis[0].mul_(_NOISE * norm(start)).add_(start.to(like))
-        basis[0] /= norm(basis[0])
 
-    negligible = max(10 * torch.finfo(like.dtype).eps, 1e-3 * tolerance)
-    previous: Tensor | None = None
-    scale, done, chain, still, message = 0.0, 0, 0, 0, f"stopped at the limit of {limit} products"
-    values, vectors, errors = projected.new_zeros(0), projected.new_zeros((0, 0)), projected.new_zeros(0)
-    for step in range(limit):
-        product = operator.matvec(basis[step])
-        done, chain = step + 1, chain + 1
+    Raises:
+        ValueError: ``max_vectors`` is too small for ``count`` pairs.
+    """
+    started = time.perf_counter()
+    count = min(count, operator.size)
+    limit = max_products or most_products(count)
+    if max_vectors is None or max_vectors >= min(limit, operator.size):
+        max_vectors = limit
+    elif max_vectors < smallest_basis(count):
+        raise ValueError(
+            f"expected room for at least {smallest_basis(count)} vectors, found {max_vectors}: "
+            "ask for fewer modes or allow more memory"
+        )
+    elif max_products is None:
+        limit *= 3
+    generator = generator or torch.Generator().manual_seed(0)
+    first = random_unit(operator.size, like, generator)
+    if start is not None:
+        first.mul_(_NOISE * norm(start)).add_(start.to(like))
+        first /= norm(first)
+    state = _Search(operator, count, like, tolerance, generator, KrylovBasis(like, operator.size))
+    state.basis.append(first)
+    message, restarts = f"stopped at the limit of {limit} products", 0
+    for done in range(1, limit + 1):
+        following = state.extend()
         if on_product is not None:
             on_product(done)
-        column = torch.zeros(done, dtype=torch.float64, device=like.device)
-        orthogonalise(product, basis[:done], column)
-        projected[:done, step] = projected[step, :done] = column.cpu()
-        coupling = norm(product)
-        scale = max(scale, float(column.abs().max()), coupling)
-        exhausted = done == size
-        # An invariant space has zero residuals whatever it misses: look into its complement first. All of
-        # that is known when a random vector of it turns out to be an eigenvector.
-        looked = chain > count + 2
-        if coupling <= negligible * scale or exhausted:
-            # The space so far is invariant: go on in its complement, uncoupled from it.
-            looked = chain == 1
-            coupling, chain = 0.0, 0
-            product = random_unit(size, like, generator)
-            orthogonalise(product, basis[:done])
-        if not exhausted:
-            basis[done] = product / norm(product)
-        values, vectors, errors = _ritz(projected[:done, :done], coupling)
-        if exhausted:
+        if state.exhausted:
             message = "the basis spans the whole space"
             break
-        wanted = count + 2
-        if done >= wanted + 1:
-            largest = values.abs()[:wanted]
-            small = looked and bool((errors[:wanted] <= tolerance * largest[0]).all())
-            stable = previous is not None and bool(
-                ((largest - previous).abs() <= tolerance * largest[0]).all()
-            )
-            previous = largest
-            still = still + 1 if small and stable else 0
-            if still == 2:
-                message = f"converged after {done} products"
-                break
-    values, errors = values[:count], errors[:count]
-    found = vectors[:, :count].T.to(like) @ basis[:done]
-    gram = torch.stack([inner(found, row) for row in found]).cpu()
-    lengths = gram.diagonal().sqrt()
-    gram = gram / lengths.outer(lengths)
-    orthogonality = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
-    residuals = errors / values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        if state.settled():
+            message = f"converged after {done} products"
+            break
+        if done < limit:
+            if len(state.basis) >= max_vectors:
+                state.restart()
+                restarts += 1
+            state.basis.append(following)
+    basis, values = state.basis, state.values[:count]
+    basis.rotate(state.vectors[:, :count])
+    vectors = basis.matrix()
+    largest = values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return LanczosResult(
         eigenvalues=values,
-        vectors=found / lengths.to(found).unsqueeze(1),
-        residuals=residuals,
-        orthogonality=orthogonality,
+        vectors=vectors,
+        residuals=state.errors[:count] / largest,
+        orthogonality=orthogonality(vectors),
         products=done,
+        restarts=restarts,
+        seconds=time.perf_counter() - started,
         converged=message.startswith(("converged", "the basis spans")),
         message=message,
     )
 
 
-def _ritz(projected: Tensor, coupling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values by descending magnitude, their coefficients, and their residual norms."""
-    values, vectors = torch.linalg.eigh(projected)
-    order = values.abs().argsort(descending=True)
-    values, vectors = values[order], vectors[:, order]
-    return values, vectors, (coupling * vectors[-1]).abs()
+@dataclass
+class _Search:
+    """The Krylov space so far and its Ritz pairs, by descending magnitude."""
+
+    operator: LinearOperator
+    count: int
+    like: Tensor
+    tolerance: float
+    generator: torch.Generator
+    basis: KrylovBasis
+    projected: Tensor = field(default_factory=lambda: torch.zeros((0, 0), dtype=torch.float64))
+    values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    vectors: Tensor = field(default_factory=lambda: torch.zeros((0, 0), dtype=torch.float64))
+    errors: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    scale: float = 0.0
+    chain: int = 0  # products since the space was last left
+    looked: bool = False  # the complement of an invariant space has been looked into
+    previous: Tensor | None = None
+    still: int = 0
+
+    @property
+    def exhausted(self) -> bool:
+        return len(self.basis) == self.operator.size
+
+    def extend(self) -> Tensor:
+        """Apply the operator to the last vector; returns the next one, and renews the Ritz pairs."""
+        following = self.operator.matvec(self.basis[len(self.basis) - 1])
+        self.chain += 1
+        column = self.basis.orthogonalise(following)
+        dimension = len(self.basis)
+        grown = torch.zeros((dimension, dimension), dtype=torch.float64)
+        grown[:-1, :-1] = self.projected
+        grown[:, -1] = grown[-1, :] = column
+        self.projected = grown
+        coupling = norm(following)
+        self.scale = max(self.scale, float(column.abs().max()), coupling)
+        # An invariant space has zero residuals whatever it misses: look into its complement first. All of
+        # that is known when a random vector of it turns out to be an eigenvector.
+        self.looked = self.chain > self.count + _EXTRA_PAIRS
+        negligible = max(10 * torch.finfo(self.like.dtype).eps, 1e-3 * self.tolerance)
+        if coupling <= negligible * self.scale or self.exhausted:
+            # Go on in the complement, uncoupled from the space so far.
+            self.looked = self.chain == 1
+            coupling, self.chain = 0.0, 0
+            if not self.exhausted:
+                following = random_unit(self.operator.size, self.like, self.generator)
+                self.basis.orthogonalise(following)
+        if not self.exhausted:
+            following /= norm(following)
+        values, vectors = torch.linalg.eigh(self.projected)
+        order = values.abs().argsort(descending=True)
+        self.values, self.vectors = values[order], vectors[:, order]
+        self.errors = (coupling * self.vectors[-1]).abs()
+        return following
+
+    def settled(self) -> bool:
+        """Small residuals and values that have stood still twice."""
+        wanted = self.count + _EXTRA_PAIRS
+        if len(self.values) <= wanted:
+            return False
+        largest = self.values.abs()[:wanted]
+        bound = self.tolerance * largest[0]
+        small = self.looked and bool((self.errors[:wanted] <= bound).all())
+        stable = self.previous is not None and bool(((largest - self.previous).abs() <= bound).all())
+        self.previous = largest
+        self.still = self.still + 1 if small and stable else 0
+        return self.still == 2
+
+    def restart(self) -> None:
+        """Keep the watched Ritz vectors and half of the room beside them."""
+        watched = self.count + _EXTRA_PAIRS
+        keep = watched + (len(self.basis) - watched) // 2
+        self.basis.rotate(self.vectors[:, :keep])
+        self.projected = torch.diag(self.values[:keep])

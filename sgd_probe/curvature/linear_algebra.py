@@ -55,3 +55,11 @@ def random_unit(size: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """A random unit vector, drawn on the CPU so that it is the same on every device."""
     vector = torch.randn(size, generator=generator, dtype=torch.float32).to(like)
     return vector.div_(norm(vector))
+
+
+def orthogonality(rows: Tensor) -> float:
+    """Largest |v_i . v_j| of two different unit rows; 0 for fewer than two."""
+    if len(rows) < 2:
+        return 0.0
+    gram = torch.stack([inner(rows, row) for row in rows])
+    return float((gram - torch.diag(gram.diagonal())).abs().max())

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.certify import Certificate, certify
-from sgd_probe.curvature.flat import flat_directions, orthogonality
+from sgd_probe.curvature.flat import flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.lanczos import lanczos
+from sgd_probe.curvature.linear_algebra import orthogonality
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def find_modes(
     tolerance: float,
     flat_dimension: int,
     generator: torch.Generator,
+    max_vectors: int | None = None,
     start: Tensor | None = None,
     on_product: Callable[[int], None] | None = None,
 ) -> ModeBasis:
@@ -85,12 +87,20 @@ def find_modes(
         tolerance: residual bound of the top modes, relative to |lambda_1|.
         flat_dimension: products spent on each flat direction.
         generator: source of random vectors.
+        max_vectors: vectors that the eigensolver may hold at once.
         start: first Lanczos vector.
         on_product: called with the number of products so far.
     """
     like = torch.empty(0, dtype=finding.space.dtype, device=finding.space.device)
     stiff = lanczos(
-        finding, top, like, tolerance=tolerance, start=start, generator=generator, on_product=on_product
+        finding,
+        top,
+        like,
+        tolerance=tolerance,
+        max_vectors=max_vectors,
+        start=start,
+        generator=generator,
+        on_product=on_product,
     )
 
     def report(done: int) -> None:

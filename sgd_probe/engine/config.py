@@ -34,6 +34,8 @@ class ProbeConfig:
         seed: of the probe's own random vectors.
         max_graph_bytes: keep the graphs of all curvature batches up to this size, beyond it rebuild
             them for every product; "auto" takes half of the free memory.
+        max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
+            "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
 
@@ -54,6 +56,7 @@ class ProbeConfig:
     sampling: SamplingChoice = "auto"
     seed: int = 0
     max_graph_bytes: int | Literal["auto"] = "auto"
+    max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
 
@@ -104,6 +107,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("seed", _integer(0), "an integer of at least 0"),
     ("max_graph_bytes", _or("auto", _integer(0)), '"auto" or a number of bytes'),
+    ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from sgd_probe.curvature.hessian import (
     gradient_noise_trace,
     measure_gradient,
 )
+from sgd_probe.curvature.lanczos import most_products, smallest_basis
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import check_symmetry
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
@@ -36,6 +38,7 @@ from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
 from sgd_probe.engine.planning import (
+    LANCZOS_PRODUCTS,
     Schedule,
     WindowPlan,
     choose_curvature_batches,
@@ -137,6 +140,9 @@ class ProbeEngine:
         self._failures = 0
         self._self_test = ""
         self._over_budget_said = False
+        self._warm_start: Tensor | None = None
+        #: Called with the number of Hessian-vector products so far while a window opens.
+        self.on_product: Callable[[int], None] | None = None
 
     @property
     def basis(self) -> ModeBasis | None:
@@ -163,6 +169,11 @@ class ProbeEngine:
         """What a window is expected to take: the last one's cost, before it an estimate."""
         return self._window_seconds
 
+    @property
+    def expected_products(self) -> int:
+        """About how many Hessian-vector products an opening takes before certification."""
+        return LANCZOS_PRODUCTS + self.config.flat * self.config.flat_dimension
+
     def preflight(self, batch: Any, index: int, step: int) -> tuple[str, ...]:
         """Try the loss once on a batch, and say what is going to happen.
 
@@ -181,7 +192,7 @@ class ProbeEngine:
         self._window_seconds = self._cost.seconds * self._window_gradients
         retained = self._retain_graphs()
         graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
-        vectors = (3 * config.top + 40 + config.flat + 3) * self.space.size * self.space.dtype.itemsize
+        vectors = (self._max_vectors() + config.flat + 3) * self._vector_bytes
         count = self._batches_per_set
         lines = [
             f"{self.space.size:,} weights; {config.top} stiff and {config.flat} near-flat directions from "
@@ -367,6 +378,29 @@ class ProbeEngine:
             limit = free // 2 if free is not None else 2**30
         return self._cost.graph_bytes * self._batches_per_set <= limit
 
+    @property
+    def _vector_bytes(self) -> int:
+        return self.space.size * self.space.dtype.itemsize
+
+    def _max_vectors(self) -> int:
+        """Vectors that the eigensolver may hold: what memory has room for, or it needs at the least.
+
+        Raises:
+            CurvatureError: not even those fit.
+        """
+        config, needed = self.config, smallest_basis(self.config.top)
+        limit = config.max_basis_bytes
+        if limit == "auto":
+            free = free_memory(self.space.device)
+            limit = free // 2 if free is not None else 2**32
+        room = limit // self._vector_bytes
+        if room < needed:
+            raise CurvatureError(
+                f"expected memory for {needed} vectors of {self._vector_bytes / 2**20:,.0f} MB, found room "
+                f"for {room}: lower `top`, raise `max_basis_bytes` or choose layers with `params`"
+            )
+        return min(room, most_products(config.top))
+
     def _open(self, step: int) -> _Window:
         # Alternating, so that both sets see the same stretch of the training data.
         finding, certifying = self._pool[0::2], self._pool[1::2]
@@ -384,7 +418,11 @@ class ProbeEngine:
                     tolerance=config.tolerance,
                     flat_dimension=config.flat_dimension,
                     generator=self._generator,
+                    max_vectors=self._max_vectors(),
+                    start=self._warm_start,
+                    on_product=self.on_product,
                 )
+        self._warm_start = basis.vectors[: config.top].sum(0)
         optimizer = self._read_optimizer()
         decays = self._decays(basis, optimizer)
         curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]

@@ -23,6 +23,7 @@ from sgd_probe.integrations.lightning_compat import (
     batches_per_epoch,
     observe_steps,
     planned_steps,
+    progress_bar,
     refusal,
     training_loader,
     training_loss,
@@ -85,6 +86,7 @@ class SGDProbe(Callback):
         every_n_steps: open a window every so many optimizer steps, whatever it costs; makes a run
             reproducible.
         curvature_batches: training batches in each of the two curvature sets, or "auto".
+        max_basis_bytes: memory for the eigensolver's vectors, or "auto".
         run_dir: folder of the local results; by default ``sgd_probe_run`` in the trainer's log
             directory. A folder that holds a run already is left alone and a numbered one taken.
         name: prefix of every metric; give each probe of a trainer its own.
@@ -109,6 +111,7 @@ class SGDProbe(Callback):
         max_overhead: float | None = None,
         every_n_steps: int | None = None,
         curvature_batches: int | Literal["auto"] | None = None,
+        max_basis_bytes: int | Literal["auto"] | None = None,
         run_dir: str | Path | None = None,
         name: str = "sgd_probe",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
@@ -123,6 +126,7 @@ class SGDProbe(Callback):
             "max_overhead": max_overhead,
             "every_n_steps": every_n_steps,
             "curvature_batches": curvature_batches,
+            "max_basis_bytes": max_basis_bytes,
         }
         try:
             self.config = dataclasses.replace(
@@ -220,7 +224,11 @@ class SGDProbe(Callback):
         if self._stepped and engine.opening_due(step):
             if engine.window_seconds > _LONG_PAUSE:
                 announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
-            basis = engine.open_window(step)
+                with progress_bar(engine.expected_products) as engine.on_product:
+                    basis = engine.open_window(step)
+                engine.on_product = None
+            else:
+                basis = engine.open_window(step)
             if basis is not None and self._metrics is not None:
                 self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
         self._stepped = False

@@ -59,6 +59,7 @@ __all__ = [
     "batches_per_epoch",
     "observe_steps",
     "planned_steps",
+    "progress_bar",
     "refusal",
     "training_loader",
     "training_loss",
@@ -75,6 +76,19 @@ def announce(trainer: Trainer, message: str) -> None:
         bar.print(message)
         return
     importlib.import_module(f"{_package(trainer)}.utilities.rank_zero").rank_zero_info(message)
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar below the trainer's own, for a long pause; it is gone afterwards."""
+    from tqdm import tqdm  # a dependency of Lightning's
+
+    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def planned_steps(trainer: Trainer) -> float:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgd_probe.curvature.flat import FlatResult, flat_directions, orthogonality
+from sgd_probe.curvature.flat import FlatResult, flat_directions
+from sgd_probe.curvature.linear_algebra import orthogonality
 from tests.helpers.dense import Symmetric, assert_orthonormal, network_spectrum
 
 NOTHING = torch.empty(0, 300, dtype=torch.float64)

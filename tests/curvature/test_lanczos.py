@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import CurvatureError
+from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LanczosResult, lanczos
 from tests.helpers.dense import Symmetric, assert_orthonormal, largest_angle, network_spectrum
 
@@ -284,3 +285,43 @@ def test_scale_and_sign_change_nothing_else(sign: int) -> None:
     assert largest_angle(other.vectors, reference.vectors) < 1e-6
     for a, b in itertools.pairwise(other.eigenvalues.abs().tolist()):
         assert a >= b
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("vectors", [16, 20, 30])
+def test_a_restarted_basis_finds_the_same_pairs(vectors: int, seed: int) -> None:
+    operator = Symmetric.of(network_spectrum(300), seed=seed)
+    free = lanczos(operator, 10, DOUBLE, tolerance=1e-8, max_products=400)
+    operator = Symmetric.of(network_spectrum(300), seed=seed)
+    bound = lanczos(operator, 10, DOUBLE, tolerance=1e-8, max_products=2_000, max_vectors=vectors)
+    assert_orthonormal(bound.vectors, atol=1e-12)  # every restart rounds once more
+    assert bound.converged, bound.message
+    assert bound.restarts > 0
+    torch.testing.assert_close(bound.eigenvalues, free.eigenvalues, atol=1e-7, rtol=0)
+    assert largest_angle(bound.vectors, free.vectors) < 1e-5
+
+
+def test_too_small_a_basis_is_refused() -> None:
+    operator = Symmetric.of(network_spectrum(300))
+    with pytest.raises(ValueError, match="room for at least 16 vectors, found 15"):
+        lanczos(operator, 10, DOUBLE, max_vectors=15)
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 65_536, 70_001])
+def test_a_krylov_basis_rotates_in_place_and_lets_go_of_the_rest(size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.linalg.qr(torch.randn(size, min(size, 19), generator=generator, dtype=torch.float64)).Q.T
+    basis = KrylovBasis(DOUBLE, size)
+    for row in rows:
+        basis.append(row)
+    assert torch.equal(basis.matrix(), rows)
+    vector = torch.randn(size, generator=generator, dtype=torch.float64)
+    left = vector.clone()
+    taken = basis.orthogonalise(left)
+    torch.testing.assert_close(taken, rows @ vector)
+    torch.testing.assert_close(left, vector - rows.T @ (rows @ vector), atol=1e-10, rtol=0)
+    turn = torch.linalg.qr(torch.randn(len(rows), 3, generator=generator, dtype=torch.float64)).Q
+    basis.rotate(turn)
+    assert len(basis) == 3
+    torch.testing.assert_close(basis.matrix(), turn.T @ rows)
+    assert basis.rows_held <= 8

@@ -27,6 +27,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 0.5, None, True),
     "max_graph_bytes": (-1, 1e9, None, "1 GB"),
     "max_vector_bytes": (-1, 1e9, None, "auto"),
+    "max_basis_bytes": (0, -1, 1e9, None, "1 GB"),
     "save_vectors": (1, 0, None, "yes"),
 }
 GOOD: dict[str, tuple[Any, ...]] = {
@@ -44,6 +45,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "seed": (0, 2**32, 2**63),
     "max_graph_bytes": ("auto", 0, 2**30),
     "max_vector_bytes": (0, 2**20),
+    "max_basis_bytes": ("auto", 1, 2**30),
     "save_vectors": (True, False),
 }
 

@@ -1,0 +1,96 @@
+"""Orthonormal vectors of a Krylov space, kept in blocks of rows.
+
+Blocks let the basis grow without being copied, shrink without being copied, and give memory back row
+block by row block, so that no step of the solver holds more than the vectors that it needs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgd_probe.curvature.linear_algebra import inner
+
+#: Rows of a block.
+BLOCK_ROWS = 8
+#: Columns that are rotated at a time.
+_CHUNK_COLUMNS = 65_536
+
+
+class KrylovBasis:
+    """A growing list of orthonormal vectors of one length.
+
+    Args:
+        like: any tensor of the dtype and device to work in.
+        size: length of the vectors.
+    """
+
+    def __init__(self, like: Tensor, size: int) -> None:
+        self._like = like
+        self._size = size
+        self._blocks: list[Tensor] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The vector at an index, a view."""
+        return self._blocks[index // BLOCK_ROWS][index % BLOCK_ROWS]
+
+    def append(self, vector: Tensor) -> None:
+        """Add a vector; the caller has made it orthonormal to the others."""
+        if self._count == len(self._blocks) * BLOCK_ROWS:
+            self._blocks.append(self._like.new_empty((BLOCK_ROWS, self._size)))
+        self._count += 1
+        self[self._count - 1].copy_(vector)
+
+    def orthogonalise(self, vector: Tensor) -> Tensor:
+        """Take the components along the basis out of a vector, in place, twice for accuracy.
+
+        Returns:
+            What was taken out: float64 on the CPU, shape (len(self),).
+        """
+        taken = torch.zeros(self._count, dtype=torch.float64)
+        for _ in range(2):
+            found = torch.cat([inner(rows, vector) for rows in self._rows()]) if self._count else taken
+            start = 0
+            for rows in self._rows():
+                part = found[start : start + len(rows)].to(vector.dtype)
+                vector.addmv_(rows.T, part, alpha=-1.0)
+                start += len(rows)
+            taken += found.cpu()
+        return taken
+
+    def rotate(self, coefficients: Tensor) -> None:
+        """Replace the vectors by combinations of them, in place, and forget the rest.
+
+        Args:
+            coefficients: shape (len(self), new count), orthonormal columns.
+        """
+        keep = coefficients.shape[1]
+        turn = coefficients.T.to(self._like)
+        for start in range(0, self._size, _CHUNK_COLUMNS):
+            columns = slice(start, start + _CHUNK_COLUMNS)
+            turned = turn @ torch.cat([rows[:, columns] for rows in self._rows()])
+            for index in range(keep):
+                self[index][columns] = turned[index]
+        self._count = keep
+        del self._blocks[-(-keep // BLOCK_ROWS) :]
+
+    def matrix(self) -> Tensor:
+        """The vectors as the rows of one contiguous matrix (a copy)."""
+        return torch.cat(self._rows()) if self._count else self._like.new_empty((0, self._size))
+
+    @property
+    def rows_held(self) -> int:
+        """Vectors that memory is taken for."""
+        return len(self._blocks) * BLOCK_ROWS
+
+    def _rows(self) -> list[Tensor]:
+        """The filled rows of every block."""
+        return [
+            block[: min(BLOCK_ROWS, self._count - i * BLOCK_ROWS)]
+            for i, block in enumerate(self._blocks)
+            if i * BLOCK_ROWS < self._count
+        ]
