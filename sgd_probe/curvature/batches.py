@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -32,36 +33,48 @@ class CurvatureBatch:
     def freeze(cls, batch: Any, index: int, seed: int) -> CurvatureBatch:
         return cls(clone(batch), index, count_samples(batch), seed)
 
-    def thaw(self) -> Any:
-        """A fresh clone: a training step may edit its batch in place."""
-        return clone(self.content)
+    def thaw(self, dtype: torch.dtype | None = None) -> Any:
+        """A fresh clone: a training step may edit its batch in place. Cast where a ``dtype`` is given."""
+        return clone(self.content, dtype)
 
 
-def clone(value: Any) -> Any:
-    """Copy nested data. Views copy their own elements only, not the storage that they look into."""
+def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Copy nested data. Views copy their own elements only, not the storage that they look into.
+
+    Args:
+        value: tensors and arrays in any nesting.
+        dtype: precision of floating-point data in the copy; None keeps it.
+    """
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return cast_tensor(value.detach().clone(), dtype)
     if isinstance(value, np.ndarray):
-        return value.copy()
+        return value.astype(np.float64 if dtype is torch.float64 and value.dtype.kind == "f" else value.dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(clone(item) for item in value))
+        return type(value)(*(clone(item, dtype) for item in value))
     if type(value) in (list, tuple, set, frozenset):
-        return type(value)(clone(item) for item in value)
+        return type(value)(clone(item, dtype) for item in value)
     if type(value) is dict:
-        return {key: clone(item) for key, item in value.items()}
+        return {key: clone(item, dtype) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
-            object.__setattr__(twin, field.name, clone(getattr(value, field.name)))
+            object.__setattr__(twin, field.name, clone(getattr(value, field.name), dtype))
         return twin
-    return _clone_object(value)
+    return _clone_object(value, dtype)
 
 
-def _clone_object(value: Any) -> Any:
+def cast_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Give real and complex tensors at least this precision; integers, and all where it is None, stay."""
+    if dtype is None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+def _clone_object(value: Any, dtype: torch.dtype | None) -> Any:
     """Deep-copy anything else, with its tensors cloned by value rather than by storage."""
     leaves = _leaves(value, depth=4)  # held until the end: a freed one could hand its id on
     try:
-        return copy.deepcopy(value, {id(leaf): clone(leaf) for leaf in leaves})
+        return copy.deepcopy(value, {id(leaf): clone(leaf, dtype) for leaf in leaves})
     except Exception as error:
         # Passed on as it is, an in-place edit by the loss would reach the user's own batch.
         raise TypeError(

@@ -1,44 +1,47 @@
 """The Hessian of a live training loss as a linear operator.
 
-The loss is evaluated on detached aliases of the weights, so that no hook on the user's parameters
-fires and no ``grad`` is written; the graph of the gradient is kept, so that each product costs one
-more backward pass through it and nothing else.
+The graph of the gradient is kept, so that each product costs one more backward pass through it and
+nothing else.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from sgd_probe.curvature.aliased import (
+    AliasedLoss,
+    CurvatureError,
+    Evaluation,
+    LossFunction,
+    WrongHessianError,
+)
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.space import ParameterSpace
-from sgd_probe.isolation import rehearsed, seed_all
 
-#: The training loss of a module on one batch; the third argument is the batch index.
-LossFunction: TypeAlias = Callable[[nn.Module, Any, int], Tensor]
-
-
-class CurvatureError(RuntimeError):
-    """The loss cannot be probed here and now; training is not concerned."""
-
-
-class WrongHessianError(CurvatureError):
-    """What would be computed is not the Hessian of the loss, now or later."""
+__all__ = [
+    "CurvatureError",
+    "GradientCost",
+    "HessianOperator",
+    "LossFunction",
+    "WrongHessianError",
+    "gradient_noise_trace",
+    "measure_gradient",
+]
 
 
 @dataclass(frozen=True)
 class _Graph:
     """Loss gradient of one batch with the graph that leads to it."""
 
-    aliases: list[Tensor]
-    gradient: list[Tensor]
+    evaluation: Evaluation
+    gradient: tuple[Tensor, ...]
     weight: float
 
 
@@ -55,9 +58,12 @@ class HessianOperator:
         space: the probed parameters.
         retain_graph: keep every batch's graph (a product costs about 2 gradients) or rebuild it for
             each product (about 3.2, and the memory of one graph).
+        dtype: work on copies of weights, buffers and batches in this precision; None takes them as they
+            are.
 
     Raises:
         CurvatureError: the loss is not a finite scalar, or does not depend on the parameters.
+        WrongHessianError: it cannot be differentiated twice, or reaches weights by a way around the module.
     """
 
     def __init__(
@@ -67,18 +73,21 @@ class HessianOperator:
         batches: Sequence[CurvatureBatch],
         space: ParameterSpace,
         retain_graph: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if not batches:
             raise ValueError("expected at least one curvature batch, found none")
-        self.space = space
+        self.space = space if dtype is None else space.cast(dtype)
         self.batches = tuple(batches)
         self.products = 0
-        self._caller = _Caller(module, loss)
+        self.module = module
+        self.loss = loss
+        self._aliased = AliasedLoss(module, loss, dtype)
         self._retain = retain_graph
         self._graphs: list[_Graph | None] = [None] * len(self.batches)
         self._samples = sum(batch.samples for batch in self.batches)
 
-    def __enter__(self) -> HessianOperator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,16 +137,10 @@ class HessianOperator:
             pairs = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g.requires_grad]
             if pairs:
                 outputs, vectors = zip(*pairs, strict=True)
-                product = torch.autograd.grad(
-                    outputs, graph.aliases, vectors, retain_graph=self._retain, allow_unused=True
+                product = self._aliased.differentiate(
+                    graph.evaluation, outputs, vectors, retain_graph=self._retain
                 )
-                flat = self.space.flatten(product)
-                if not bool(torch.isfinite(flat).all()):
-                    raise CurvatureError(
-                        "expected a finite Hessian-vector product, found inf or nan: the loss overflows in "
-                        "its second derivative at these weights"
-                    )
-                yield graph.weight, flat
+                yield graph.weight, finite(self.space.flatten(product))
             else:  # a loss that is linear in the weights
                 yield graph.weight, torch.zeros_like(vector)
 
@@ -156,12 +159,12 @@ class HessianOperator:
         return graph
 
     def _build(self, batch: CurvatureBatch) -> _Graph:
-        aliases, loss = self._caller.loss(self.space, batch)
-        self._check_reach(loss)
-        gradient = torch.autograd.grad(
-            loss, aliases, create_graph=True, allow_unused=True, materialize_grads=True
+        evaluation = self._aliased.evaluate(self.space, batch)
+        self._check_reach(evaluation.loss)
+        gradient = self._aliased.differentiate(
+            evaluation, (evaluation.loss,), create_graph=True, materialize_grads=True
         )
-        return _Graph(aliases, list(gradient), batch.samples / self._samples)
+        return _Graph(evaluation, gradient, batch.samples / self._samples)
 
     def _check_reach(self, loss: Tensor) -> None:
         """Refuse a loss that reaches a probed weight by another way than the aliases."""
@@ -176,52 +179,18 @@ class HessianOperator:
             )
 
 
-class _Caller(nn.Module):
-    """Gives a training step the form of a forward pass, which is what functional_call can redirect."""
+def finite(product: Tensor) -> Tensor:
+    """Pass a Hessian-vector product on.
 
-    def __init__(self, module: nn.Module, loss: LossFunction) -> None:
-        super().__init__()
-        self.module = module
-        self._loss = loss
-        self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
-
-    def forward(self, batch: Any, index: int) -> Tensor:
-        return self._loss(self.module, batch, index)
-
-    def loss(self, space: ParameterSpace, batch: CurvatureBatch) -> tuple[list[Tensor], Tensor]:
-        """Aliases of the probed parameters, and the loss as a function of them."""
-        known = -1
-        while known != len(self._written):
-            known = len(self._written)
-            aliases = [self._alias(parameter).requires_grad_() for parameter in space.parameters]
-            replaced = dict(zip(space.names, aliases, strict=True))
-            # Buffers, and weights that are written to, change on clones: a graph would see them change.
-            for name, parameter in self.module.named_parameters():
-                if parameter in self._written:
-                    replaced.setdefault(name, self._alias(parameter).requires_grad_(parameter.requires_grad))
-            replaced |= {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
-            seed_all(batch.seed)
-            with rehearsed(self.module) as written:
-                inputs = {f"module.{name}": tensor for name, tensor in replaced.items()}
-                loss = functional_call(self, inputs, (batch.thaw(), batch.index))
-            self._written |= written
-        return aliases, _checked(loss)
-
-    def _alias(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().clone() if parameter in self._written else parameter.detach()
-
-
-def _checked(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
-    if not math.isfinite(float(loss.detach())):
-        raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
-    if not loss.requires_grad:
+    Raises:
+        CurvatureError: it is not finite.
+    """
+    if not bool(torch.isfinite(product).all()):
         raise CurvatureError(
-            "expected a loss that depends on the probed parameters, found one that needs no gradient"
+            "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its second "
+            "derivative at these weights"
         )
-    return loss.reshape(())
+    return product
 
 
 def gradient_noise_trace(operator: HessianOperator) -> float:

@@ -23,10 +23,13 @@ class KrylovBasis:
     Args:
         like: any tensor of the dtype and device to work in.
         size: length of the vectors.
+
+    Attributes:
+        like: that tensor.
     """
 
     def __init__(self, like: Tensor, size: int) -> None:
-        self._like = like
+        self.like = like
         self._size = size
         self._blocks: list[Tensor] = []
         self._count = 0
@@ -41,7 +44,7 @@ class KrylovBasis:
     def append(self, vector: Tensor) -> None:
         """Add a vector; the caller has made it orthonormal to the others."""
         if self._count == len(self._blocks) * BLOCK_ROWS:
-            self._blocks.append(self._like.new_empty((BLOCK_ROWS, self._size)))
+            self._blocks.append(self.like.new_empty((BLOCK_ROWS, self._size)))
         self._count += 1
         self[self._count - 1].copy_(vector)
 
@@ -69,18 +72,31 @@ class KrylovBasis:
             coefficients: shape (len(self), new count), orthonormal columns.
         """
         keep = coefficients.shape[1]
-        turn = coefficients.T.to(self._like)
+        turn = coefficients.T.to(self.like)
         for start in range(0, self._size, _CHUNK_COLUMNS):
             columns = slice(start, start + _CHUNK_COLUMNS)
             turned = turn @ torch.cat([rows[:, columns] for rows in self._rows()])
             for index in range(keep):
                 self[index][columns] = turned[index]
-        self._count = keep
-        del self._blocks[-(-keep // BLOCK_ROWS) :]
+        self.truncate(keep)
 
-    def matrix(self) -> Tensor:
-        """The vectors as the rows of one contiguous matrix (a copy)."""
-        return torch.cat(self._rows()) if self._count else self._like.new_empty((0, self._size))
+    def truncate(self, count: int) -> None:
+        """Forget all vectors but the first ``count``, with their memory."""
+        self._count = min(count, self._count)
+        del self._blocks[-(-self._count // BLOCK_ROWS) :]
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """One combination of the vectors, shape (size,)."""
+        total = self.like.new_zeros(self._size)
+        parts = torch.split(coefficients.to(self.like), BLOCK_ROWS)
+        for rows, part in zip(self._rows(), parts, strict=True):
+            total.addmv_(rows.T, part)
+        return total
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The vectors, or some of them, as the rows of one contiguous matrix (a copy)."""
+        chosen = range(*slice(start, stop).indices(self._count))
+        return torch.stack([self[i] for i in chosen]) if chosen else self.like.new_empty((0, self._size))
 
     @property
     def rows_held(self) -> int:

@@ -47,6 +47,8 @@ class LanczosResult:
         residuals: ``||Hv - lambda v|| / |lambda_1|`` per pair, float64, shape (k,).
         orthogonality: largest |v_i . v_j| of two different rows.
         products: matrix-vector products used.
+        krylov: all Ritz vectors that the search has left behind, those above first: what is not worth
+            the name of an eigenvector still holds the stiff part of the space.
         restarts: how often the basis had to be restarted.
         seconds: wall time.
         converged: every pair reached the tolerance and the set was stable.
@@ -58,6 +60,7 @@ class LanczosResult:
     residuals: Tensor
     orthogonality: float
     products: int
+    krylov: KrylovBasis
     restarts: int
     seconds: float
     converged: bool
@@ -142,8 +145,8 @@ def lanczos(
                 restarts += 1
             state.basis.append(following)
     basis, values = state.basis, state.values[:count]
-    basis.rotate(state.vectors[:, :count])
-    vectors = basis.matrix()
+    basis.rotate(state.vectors)
+    vectors = basis.matrix(stop=count)
     largest = values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return LanczosResult(
         eigenvalues=values,
@@ -151,6 +154,7 @@ def lanczos(
         residuals=state.errors[:count] / largest,
         orthogonality=orthogonality(vectors),
         products=done,
+        krylov=basis,
         restarts=restarts,
         seconds=time.perf_counter() - started,
         converged=message.startswith(("converged", "the basis spans")),

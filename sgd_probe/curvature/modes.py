@@ -71,6 +71,7 @@ def find_modes(
     top: int,
     flat: int,
     tolerance: float,
+    flat_curvature: Callable[[Tensor], float],
     flat_dimension: int,
     generator: torch.Generator,
     max_vectors: int | None = None,
@@ -85,6 +86,7 @@ def find_modes(
         top: number of eigenvectors of largest |eigenvalue|.
         flat: number of near-flat directions.
         tolerance: residual bound of the top modes, relative to |lambda_1|.
+        flat_curvature: from the top eigenvalues to the effective curvature that flat directions aim at.
         flat_dimension: products spent on each flat direction.
         generator: source of random vectors.
         max_vectors: vectors that the eigensolver may hold at once.
@@ -107,8 +109,18 @@ def find_modes(
         if on_product is not None:
             on_product(stiff.products + done)
 
+    room = finding.size - flat * flat_dimension
+    if max_vectors is not None:
+        room = min(room, max_vectors - flat - flat_dimension)
+    stiff.krylov.truncate(max(room, len(stiff.vectors)))
     valley = flat_directions(
-        finding, flat, stiff.vectors, dimension=flat_dimension, generator=generator, on_product=report
+        finding,
+        flat,
+        stiff.krylov,
+        flat_curvature(stiff.eigenvalues),
+        dimension=flat_dimension,
+        generator=generator,
+        on_product=report,
     )
     vectors = torch.cat([stiff.vectors, valley.vectors]).contiguous()
     certificates = certify(certifying, vectors)

@@ -2,13 +2,87 @@
 
 from __future__ import annotations
 
-import torch
+import math
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from sgd_probe.curvature.finite_differences import FiniteDifferenceOperator
 from sgd_probe.curvature.hessian import HessianOperator, WrongHessianError
 from sgd_probe.curvature.linear_algebra import inner, norm, random_unit
+from sgd_probe.curvature.space import ParameterSpace
 
 #: Largest tolerated ``|u.Hw - w.Hu|`` relative to ``|w.Hu|``, in units of sqrt(eps).
 SYMMETRY_TOLERANCE = 30.0
+#: Largest tolerated difference between derivatives and finite differences in float64, relative. Finite
+#: differences are ten thousand times better; what is smaller than this drowns in a window's residual.
+DIFFERENCE_TOLERANCE = 1e-2
+#: A parameter's part of a product is compared relative to its own length, or to this share of the whole.
+_LEAST_SHARE = 0.1
+
+_WRONG = (
+    "some part of the loss has a wrong second derivative: a custom autograd function whose backward is "
+    "once_differentiable, leaves torch (numpy) or detaches; spectral_norm in training mode, which holds fixed "
+    "what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; otherwise "
+    "compute g * v / v.norm(dim=1, keepdim=True) in the forward pass). Use torch functions there, give a "
+    "loss_fn, or choose other layers with `params`"
+)
+_NO_GRADIENT = (
+    "the weights do not follow the slope of the loss, so there is no Hessian for them to move in. A part of "
+    "it is held fixed or replaced in the backward pass: a target that is detached or computed under no_grad "
+    "from the same weights, a straight-through estimator, checkpointing with use_reentrant=True (use False). "
+    "Give a loss_fn whose target comes from a copy of the weights, or choose with `params` layers that the "
+    "target does not depend on"
+)
+
+
+def self_test(operator: HessianOperator, generator: torch.Generator) -> str:
+    """Ask whether the operator is symmetric, and whether an independent way leads to the same products.
+
+    The independent way is a finite difference of the gradient, on copies of weights, buffers and one
+    curvature batch in float64. There, the double backward has to agree with it, and the gradient with
+    a difference of the loss. Random numbers are the same at every evaluation.
+
+    It costs two products of the operator and one more of its first batch, and in float64, on that batch,
+    one gradient with a product, four gradients (eight where kinks are in the way) and two evaluations of
+    the loss; the memory of one graph and of about ten vectors of weights, in float64. Call it inside
+    :func:`sgd_probe.isolation.isolated`.
+
+    Args:
+        operator: of the live loss.
+        generator: source of random vectors.
+
+    Returns:
+        One line for people: "passed: ..." or, where the loss cannot be evaluated in float64 or its
+        differences do not settle, "unverified: ..." with the reason.
+
+    Raises:
+        WrongHessianError: the operator is not the Hessian of the loss.
+    """
+    symmetry = check_symmetry(operator, generator)
+    try:
+        found = _compare(operator, generator)
+    except Exception as error:  # whatever a model does in a precision that it was not written for
+        reason = (str(error).strip() or "no message").splitlines()[0].rstrip(".")
+        return f"unverified: {symmetry}, but not compared in float64 ({type(error).__name__}: {reason})"
+    if found.gradient > DIFFERENCE_TOLERANCE:
+        raise WrongHessianError(
+            "expected the gradient of the loss, found one that a difference of the loss contradicts by "
+            f"{found.gradient:.0e}: {_NO_GRADIENT}"
+        )
+    if found.product > DIFFERENCE_TOLERANCE:
+        raise WrongHessianError(
+            f"expected Hessian-vector products that finite differences confirm, found them apart by "
+            f"{found.product:.0e} in {found.where} (float64): {_WRONG}"
+        )
+    line = f"passed: {symmetry}; in float64 finite differences agree to {found.product:.0e}"
+    if operator.space.dtype is torch.float64:
+        return line
+    line += f", and the {str(operator.space.dtype).removeprefix('torch.')} product to {found.rounding:.0e}"
+    if found.rounding > DIFFERENCE_TOLERANCE:
+        line += " (it draws other random numbers there, or its rounding is that coarse)"
+    return line
 
 
 def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str:
@@ -36,7 +110,60 @@ def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str
     defect = abs(float(inner(u[None], operator.matvec(image / length))) / length - 1.0)
     if defect > SYMMETRY_TOLERANCE * torch.finfo(space.dtype).eps ** 0.5:
         raise WrongHessianError(
-            f"expected a symmetric Hessian, found u.Hw and w.Hu apart by {defect:.1e}: some part of the loss "
-            "has a wrong second derivative (a custom autograd function, or weight_norm on the CPU)"
+            f"expected a symmetric Hessian, found u.Hw and w.Hu apart by {defect:.0e}: {_WRONG}"
         )
-    return f"symmetric to {defect:.0e}; not compared with finite differences"
+    return f"symmetric to {defect:.0e}"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Relative differences along a random vector on one batch.
+
+    Attributes:
+        gradient: gradient against a difference of the loss, over a typical component of the gradient.
+        product: double backward against a finite difference of the gradient, both in float64; the largest
+            over the parameters.
+        where: the parameter of that largest difference.
+        rounding: the operator's own product against the one in float64; more than rounding where random
+            numbers are drawn in the precision of the weights.
+    """
+
+    gradient: float
+    product: float
+    where: str
+    rounding: float
+
+
+def _compare(operator: HessianOperator, generator: torch.Generator) -> _Comparison:
+    module, loss, space, batch = operator.module, operator.loss, operator.space, operator.batches[0]
+    like = torch.empty(0, dtype=space.dtype, device=space.device)
+    vector = random_unit(operator.size, like, generator)
+    _, own = next(operator.matvec_per_batch(vector))
+    direction = vector.double()
+    with HessianOperator(module, loss, [batch], space, dtype=torch.float64) as exact:
+        _, gradient = next(exact.gradients())
+        product = exact.matvec(direction)
+    differences = FiniteDifferenceOperator(module, loss, [batch], space, dtype=torch.float64)
+    slope, rounding = differences.slope(batch, direction)
+    apart = abs(slope - float(inner(gradient[None], direction))) - rounding
+    gaps = _gaps(space, product, differences.matvec(direction))
+    where = max(gaps, key=gaps.__getitem__)
+    return _Comparison(
+        gradient=_ratio(max(apart, 0.0), norm(gradient) / math.sqrt(operator.size)),
+        product=gaps[where],
+        where=where,
+        rounding=_ratio(norm(own.double() - product), norm(product)),
+    )
+
+
+def _gaps(space: ParameterSpace, found: Tensor, expected: Tensor) -> dict[str, float]:
+    """Difference of two products at each parameter, relative as :data:`_LEAST_SHARE` says."""
+    least = _LEAST_SHARE * norm(expected)
+    return {
+        name: _ratio(norm(found[where] - expected[where]), max(norm(expected[where]), least))
+        for name, where in zip(space.names, space.slices, strict=True)
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else (math.inf if part else 0.0)

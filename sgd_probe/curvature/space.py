@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -89,6 +90,11 @@ class ParameterSpace:
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
+
+    def cast(self, dtype: torch.dtype) -> ParameterSpace:
+        """The same space in another precision; its parameters are copies."""
+        copies = (nn.Parameter(p.detach().to(dtype, copy=True)) for p in self.parameters)
+        return dataclasses.replace(self, parameters=tuple(copies))
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """View a flat vector of shape (size,) as one tensor per parameter, in its shape."""

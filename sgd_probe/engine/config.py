@@ -28,6 +28,8 @@ class ProbeConfig:
         tolerance: residual bound of the top modes relative to |lambda_1|. 1e-2 gives eigenvalues to
             1e-4 of lambda_1, far below their sampling error.
         flat_dimension: Hessian-vector products spent on each flat direction.
+        flat_curvature: effective curvature that flat directions aim at, as a share of |lambda_1|; less
+            where the window is so long that they would not stay flat over it.
         min_noise_share: a mode with less of a random direction's noise than this is "no noise":
             unused weights look perfectly flat.
         sampling: how the loader draws; set it where "auto" cannot know.
@@ -51,7 +53,8 @@ class ProbeConfig:
     grace_seconds: float = 5.0
     curvature_batches: int | Literal["auto"] = "auto"
     tolerance: float = 1e-2
-    flat_dimension: int = 10
+    flat_dimension: int = 6
+    flat_curvature: float = 0.01
     min_noise_share: float = 1e-3
     sampling: SamplingChoice = "auto"
     seed: int = 0
@@ -99,6 +102,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("curvature_batches", _or("auto", _integer(1)), '"auto" or an integer of at least 1'),
     ("tolerance", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
     ("flat_dimension", _integer(2), "an integer of at least 2"),
+    ("flat_curvature", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
     ("min_noise_share", lambda v: _number(v) and 0 <= v < 1, "a number in [0, 1)"),
     (
         "sampling",

@@ -30,7 +30,7 @@ from sgd_probe.curvature.hessian import (
 )
 from sgd_probe.curvature.lanczos import most_products, smallest_basis
 from sgd_probe.curvature.modes import ModeBasis, find_modes
-from sgd_probe.curvature.selftest import check_symmetry
+from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
 from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
@@ -407,7 +407,9 @@ class ProbeEngine:
         config, retain = self.config, self._retain_graphs()
         with HessianOperator(self._module, self._loss, finding, self.space, retain) as operator:
             if not self._self_test:
-                self._self_test = check_symmetry(operator, self._generator)
+                self._self_test = self_test(operator, self._generator)
+                level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
+                log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
             trace = gradient_noise_trace(operator)
             with HessianOperator(self._module, self._loss, certifying, self.space, retain) as held_out:
                 basis = find_modes(
@@ -416,6 +418,7 @@ class ProbeEngine:
                     top=config.top,
                     flat=config.flat,
                     tolerance=config.tolerance,
+                    flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
                     flat_dimension=config.flat_dimension,
                     generator=self._generator,
                     max_vectors=self._max_vectors(),
@@ -457,6 +460,17 @@ class ProbeEngine:
             decay_at_origin=projector.decay_at_origin(optimizer.decays),
             decay_since=np.zeros(modes),
         )
+
+    def _flat_curvature(self, eigenvalues: Tensor, step: int) -> float:
+        """What flat directions aim at: half a relaxation time over the window that is to be expected."""
+        config, optimizer = self.config, self._read_optimizer()
+        aim = config.flat_curvature * float(eigenvalues.abs().max())
+        rate = optimizer.effective_learning_rate
+        if rate > 0 and not optimizer.withheld:
+            left = self._schedule.steps_left(step)
+            steps = choose_window(config, eigenvalues.tolist(), [], rate, left).steps
+            aim = min(aim, 0.5 / (rate * steps))
+        return max(aim, torch.finfo(torch.float64).tiny)
 
     def _decays(self, basis: ModeBasis, optimizer: OptimizerState) -> tuple[float, ...]:
         """Coupled weight decay along each mode: v.Wv."""

@@ -1,0 +1,171 @@
+"""The training loss as a function of weights that are not the module's own.
+
+The loss is evaluated on detached aliases of the weights, so that no hook on the user's parameters
+fires and no ``grad`` is written; shifted aliases give finite differences, aliases in float64 a more
+precise second opinion, and neither touches a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
+from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.isolation import rehearsed, seed_all
+
+#: The training loss of a module on one batch; the third argument is the batch index.
+LossFunction: TypeAlias = Callable[[nn.Module, Any, int], Tensor]
+
+
+class CurvatureError(RuntimeError):
+    """The loss cannot be probed here and now; training is not concerned."""
+
+
+class WrongHessianError(CurvatureError):
+    """What would be computed is not the Hessian of the loss, now or later."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss at some weights.
+
+    Attributes:
+        loss: a scalar with its graph.
+        aliases: the probed parameters that it is a function of.
+        replaced: all that stood in the module's place, by name.
+    """
+
+    loss: Tensor
+    aliases: list[Tensor]
+    replaced: dict[str, Tensor]
+
+
+class AliasedLoss(nn.Module):
+    """Gives whatever is done with a module the form of a forward pass, which functional_call can redirect.
+
+    Args:
+        module: the user's module.
+        loss: its training loss.
+        dtype: evaluate on copies of weights, buffers and batches in this precision; None takes them as
+            they are.
+    """
+
+    def __init__(self, module: nn.Module, loss: LossFunction, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+        self._dtype = dtype
+        self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def evaluate(
+        self, space: ParameterSpace, batch: CurvatureBatch, shift: Sequence[Tensor] | None = None
+    ) -> Evaluation:
+        """The loss as a function of the probed parameters.
+
+        Args:
+            space: the probed parameters, in this loss's precision.
+            batch: what the loss is evaluated on.
+            shift: added to the parameters, one tensor each.
+
+        Raises:
+            CurvatureError: the loss is not a finite scalar, does not depend on the parameters, or falls
+                back on a lower precision than the one asked for.
+        """
+        known = -1
+        while known != len(self._written):
+            known = len(self._written)
+            aliases = [self._alias(parameter) for parameter in space.parameters]
+            if shift is not None:
+                aliases = [alias + part for alias, part in zip(aliases, shift, strict=True)]
+            names = (f"module.{name}" for name in space.names)
+            replaced = dict(zip(names, (alias.requires_grad_() for alias in aliases), strict=True))
+            # Buffers, and weights that are written to, change on clones: a graph would see them change.
+            for name, parameter in self.named_parameters():
+                if name not in replaced and (self._dtype is not None or parameter in self._written):
+                    replaced[name] = self._alias(parameter).requires_grad_(parameter.requires_grad)
+            replaced |= {name: self._copy(buffer.detach()) for name, buffer in self.named_buffers()}
+            step = partial(self._loss, self.module, batch.thaw(self._dtype), batch.index)
+            seed_all(batch.seed)
+            with rehearsed(self.module) as written:
+                found = functional_call(self, replaced, (step,))
+            self._written |= written
+        loss = _checked(found)
+        if self._dtype is not None:
+            _check_precision(loss, self._dtype)
+        return Evaluation(loss, aliases, replaced)
+
+    def differentiate(
+        self,
+        evaluation: Evaluation,
+        outputs: Sequence[Tensor],
+        vectors: Sequence[Tensor] | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """``torch.autograd.grad`` by the aliases; None where an output does not depend on one.
+
+        The aliases stand in the module's place once more: checkpointing computes its parts again there.
+
+        Raises:
+            WrongHessianError: autograd refuses.
+        """
+        work = partial(
+            torch.autograd.grad, outputs, evaluation.aliases, vectors, allow_unused=True, **options
+        )
+        try:
+            return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise WrongHessianError(
+                "expected a loss that torch.autograd.grad can differentiate twice, found one that it cannot "
+                f"({str(error).strip().splitlines()[0]}). Use what has a second derivative in the training "
+                "step (checkpoint with use_reentrant=False, a backward made of torch functions), or give a "
+                "loss_fn"
+            ) from error
+
+    def _alias(self, parameter: nn.Parameter) -> Tensor:
+        alias = parameter.detach()
+        return self._copy(alias) if self._dtype is not None or parameter in self._written else alias
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return cast_tensor(tensor.clone(), self._dtype)
+
+
+def _checked(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
+    if not math.isfinite(float(loss.detach())):
+        raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
+    if not loss.requires_grad:
+        raise CurvatureError(
+            "expected a loss that depends on the probed parameters, found one that needs no gradient"
+        )
+    return loss.reshape(())
+
+
+def _check_precision(loss: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a loss with a step on its way from the weights that is less precise than asked for."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for output in node._input_metadata:  # the input of a backward step is the output of the forward one
+            if output.dtype.is_floating_point and torch.finfo(output.dtype).eps > torch.finfo(dtype).eps:
+                raise CurvatureError(
+                    f"a part of the loss is computed in {output.dtype}, whatever the weights are"
+                )
+        pending.extend(parent for parent, _ in node.next_functions)
