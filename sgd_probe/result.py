@@ -87,6 +87,11 @@ class ModeResult:
         held_out_standard_error: standard error of the held-out value over those batches.
         effective_curvature: ``||Hv||^2 / |v.Hv|`` on the held-out batches: the curvature that
             decides how the direction moves when it is not an eigenvector (noise following curvature).
+        noise_weighted_curvature: the same from the held-out minibatch gradients, without that
+            assumption; unknown for fewer than eight batches.
+        batch_curvature_variance: Var(v.H_B v) over held-out batches.
+        growth_ratio: predicted variance after the window over that of free diffusion: from the
+            eigenvalue, for a near-flat direction from the mixture of eigenvalues that it is.
         end_eigenvalue: v.Hv on the held-out batches at the window's end.
         relaxation_times: predicted number of relaxation times in the window (kappa), from the
             curvature at its start, weight decay included: curvature times the confinement clock.
@@ -140,6 +145,9 @@ class ModeResult:
     verdict: Verdict
     detail: str
     reason: str
+    noise_weighted_curvature: Interval = field(default_factory=Interval.unknown)
+    batch_curvature_variance: float = math.nan
+    growth_ratio: float = math.nan
     marks: tuple[str, ...] = ()
     layer_shares: Mapping[str, float] = field(default_factory=dict)
     displacements: tuple[LagPoint, ...] = ()
@@ -157,6 +165,8 @@ class CurvatureResult:
         batches_certified: number of certifying batches.
         parameters: number of weights in the probed space.
         products: Hessian-vector products, each over all batches of its set.
+        split_half_overlap: how well the held-out samples settle the top subspace: mean squared cosine
+            between its images under two halves of them, in [0, 1].
         orthogonality: largest |v_i . v_j| of two different modes.
         converged: every top mode reached the tolerance.
         message: why the solver stopped, in plain words.
@@ -174,6 +184,7 @@ class CurvatureResult:
     converged: bool
     message: str
     self_test: str
+    split_half_overlap: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,7 +351,13 @@ def _mode_from(data: Any) -> ModeResult:
     values["marks"] = _texts("marks", values["marks"])
     shares = dict(values["layer_shares"])
     values["layer_shares"] = {name: _checked(float, name, share) for name, share in shares.items()}
-    for key in ("noise_variance", "measured_curvature", "diffusion", "diffusion_per_time"):
+    for key in (
+        "noise_variance",
+        "noise_weighted_curvature",
+        "measured_curvature",
+        "diffusion",
+        "diffusion_per_time",
+    ):
         values[key] = _interval_from(values[key])
     values["displacements"] = tuple(
         LagPoint(**{**_fields(LagPoint, point), "measured": _interval_from(point["measured"])})

@@ -15,6 +15,9 @@ from torch import Tensor
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.linear_algebra import inner
 
+#: Fewer minibatches say nothing of a covariance.
+MIN_BATCHES = 8
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -28,6 +31,9 @@ class Certificate:
             be negative where the noise of the samples hides it. (One batch has only its own, too large.)
         effective_curvature: ``||Hv||^2 / |v.Hv|``, with which a mixed direction moves where the noise
             follows the curvature; at least |v.Hv|, by Cauchy and Schwarz.
+        noise_weighted_curvature: ``Cov(v.g_B, (Hv).g_B) / Var(v.g_B)`` over the batches' gradients at
+            fixed weights: the same without that assumption. NaN below :data:`MIN_BATCHES` batches.
+        noise_weighted_error: its standard error, by the jackknife.
     """
 
     eigenvalue: float
@@ -35,16 +41,45 @@ class Certificate:
     batch_variance: float
     squared_norm: float
     effective_curvature: float
+    noise_weighted_curvature: float
+    noise_weighted_error: float
 
 
-def certify(operator: HessianOperator, vectors: Tensor) -> list[Certificate]:
+@dataclass(frozen=True)
+class Certification:
+    """Certificates of a basis.
+
+    Attributes:
+        certificates: one per direction.
+        split_half_overlap: mean squared cosine between the images of the top directions under two
+            halves of the batches (one step of subspace iteration each): 1 where the samples settle the
+            top subspace, its dimension over the number of weights where they say nothing of it. NaN for
+            one batch or no top direction.
+    """
+
+    certificates: tuple[Certificate, ...]
+    split_half_overlap: float
+
+
+def certify(operator: HessianOperator, vectors: Tensor, top: int = 0) -> Certification:
     """Certify directions; one product (over all batches of the operator) each.
 
     Args:
         operator: over batches disjoint from those that found the directions.
         vectors: unit rows, shape (k, size).
+        top: how many of the first rows span the top subspace; for its overlap, and for the noise of the
+            others, their images are held meanwhile.
     """
-    return [_certify(operator, vector) for vector in vectors]
+    images: list[_Images] = [_images(operator, vector) for vector in vectors]
+    several = len(operator.batches) > 1
+    overlap = _overlap([i.halves for i in images[:top]]) if several and top else math.nan
+    weighted = [(math.nan, math.nan)] * len(vectors)
+    if len(operator.batches) >= MIN_BATCHES:
+        weighted[top:] = _noise_weighted(
+            operator, vectors[top:], [i.halves[0] + i.halves[1] for i in images[top:]]
+        )
+    certificates = tuple(_certificate(i, *w) for i, w in zip(images, weighted, strict=True))
+    return Certification(certificates, overlap)
 
 
 def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float]:
@@ -52,28 +87,90 @@ def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float
     return [float(inner(operator.matvec(v).unsqueeze(0), v)) for v in vectors]
 
 
-def _certify(operator: HessianOperator, vector: Tensor) -> Certificate:
+@dataclass(frozen=True)
+class _Images:
+    """H_B v over the batches: what is needed of them one by one, and their sums over two halves."""
+
+    weights: list[float]
+    quotients: list[float]
+    own_square: float
+    halves: tuple[Tensor, Tensor]
+
+
+def _images(operator: HessianOperator, vector: Tensor) -> _Images:
     weights: list[float] = []
     quotients: list[float] = []
     own = 0.0
-    total = torch.zeros_like(vector)
-    for weight, product in operator.matvec_per_batch(vector):
+    halves = (torch.zeros_like(vector), torch.zeros_like(vector))
+    for index, (weight, product) in enumerate(operator.matvec_per_batch(vector)):
         along, square = inner(torch.stack([vector, product]), product).tolist()
         weights.append(weight)
         quotients.append(along)
         own += weight**2 * square
-        total.add_(product, alpha=weight)
+        halves[index % 2].add_(product, alpha=weight)
+    return _Images(weights, quotients, own, halves)
+
+
+def _certificate(images: _Images, weighted: float, weighted_error: float) -> Certificate:
+    weights, quotients = images.weights, images.quotients
     eigenvalue = sum(w * q for w, q in zip(weights, quotients, strict=True))
     self_weight = sum(w * w for w in weights)
+    total = images.halves[0] + images.halves[1]
     square = float(inner(total.unsqueeze(0), total))
     if len(weights) > 1:
         spread = sum(w * (q - eigenvalue) ** 2 for w, q in zip(weights, quotients, strict=True))
         variance = spread / (1.0 - self_weight)
         # Unbiased where a batch of n samples has a variance of 1 / n, as means over samples have.
         standard_error = math.sqrt(spread / (len(weights) - 1))
-        square = (square - own) / (1.0 - self_weight)
+        square = (square - images.own_square) / (1.0 - self_weight)
     else:
         variance = standard_error = math.nan
     magnitude = abs(eigenvalue)
-    effective = max(square, 0.0) / magnitude if magnitude > 0 else math.inf
-    return Certificate(eigenvalue, standard_error, variance, square, max(effective, magnitude))
+    if magnitude > 0:
+        effective = max(max(square, 0.0) / magnitude, magnitude)
+    else:
+        effective = math.inf if square > 0 else 0.0
+    return Certificate(eigenvalue, standard_error, variance, square, effective, weighted, weighted_error)
+
+
+def _noise_weighted(
+    operator: HessianOperator, vectors: Tensor, images: list[Tensor]
+) -> list[tuple[float, float]]:
+    """Slope of (Hv).g on v.g over the batches' gradients, and its jackknife error, per direction."""
+    if not images:
+        return []
+    pairs = torch.cat([vectors, torch.stack(images)])
+    drawn = torch.stack([inner(pairs, gradient).cpu() for _, gradient in operator.gradients()])
+    noise, pull = drawn.T.chunk(2)
+    return [_jackknifed(x, y) for x, y in zip(noise, pull, strict=True)]
+
+
+def _jackknifed(noise: Tensor, pull: Tensor) -> tuple[float, float]:
+    count = len(noise)
+    kept = [torch.arange(count) != i for i in range(count)]
+    without = torch.tensor([_slope(noise[k], pull[k]) for k in kept], dtype=torch.float64)
+    error = math.sqrt((count - 1) / count * float((without - without.mean()).square().sum()))
+    return _slope(noise, pull), error
+
+
+def _slope(noise: Tensor, pull: Tensor) -> float:
+    centred = noise - noise.mean()
+    variance = float(centred @ centred)
+    return float(centred @ pull) / variance if variance > 0 else math.nan
+
+
+def _overlap(halves: list[tuple[Tensor, Tensor]]) -> float:
+    """Mean squared cosine of the principal angles between the two spans."""
+    rows, others = (torch.stack(half) for half in zip(*halves, strict=True))
+    cross = torch.stack([inner(rows, other) for other in others]).cpu()
+    turned = _whitener(others) @ cross @ _whitener(rows).T
+    return float(turned.square().sum()) / len(halves)
+
+
+def _whitener(rows: Tensor) -> Tensor:
+    """Turns rows into orthonormal ones: float64, shape (rank, k)."""
+    gram = torch.stack([inner(rows, row) for row in rows]).cpu()
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    kept = values > torch.finfo(torch.float32).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    whitener: Tensor = (vectors[:, kept] / values[kept].sqrt()).T
+    return whitener

@@ -38,8 +38,8 @@ class FiniteDifferenceOperator(HessianOperator):
             are.
         relative_step: length of the first step over that of the weights; default: the square root of the
             precision, or in float32 its cube root. Each further step is a quarter of the one before.
-        tolerance: largest difference of the two products, over the length of the product; default: 1e-4,
-            or in float32 1e-2.
+        tolerance: largest difference of the two products, over the length of the product (or what rounding
+            the gradients makes of a product that is nearly zero); default: 1e-4, or in float32 1e-2.
 
     Attributes:
         disagreement: that difference at the last product, the largest over the batches.
@@ -87,20 +87,20 @@ class FiniteDifferenceOperator(HessianOperator):
     def slope(self, batch: CurvatureBatch, vector: Tensor) -> tuple[float, float]:
         """Central difference of the loss itself along a vector, and the part of it that may be rounding.
 
-        A loss has no kinks that matter beside its gradient's, so that the step can be longer.
+        Kinks disturb it in proportion to the step, rounding in inverse proportion: the step is between.
+        (At 6e-6 of the weights it was 1% off on a ResNet-20 with ReLU.)
         """
-        precision = torch.finfo(self.space.dtype).eps
-        step = self._step(vector, precision ** (1 / 3))
+        step = self._step(vector, torch.finfo(self.space.dtype).eps ** 0.45)
         shifts = (self.space.split(sign * step * vector) for sign in (1.0, -1.0))
         ahead, behind = (float(self._aliased.evaluate(self.space, batch, s).loss.detach()) for s in shifts)
-        return (ahead - behind) / (2 * step), 100 * precision * (abs(ahead) + abs(behind)) / step
+        return (ahead - behind) / (2 * step), self._rounding(abs(ahead), step)
 
     def _settled(self, batch: CurvatureBatch, vector: Tensor) -> tuple[Tensor, float]:
         """The product at the first step that agrees with the one before, and how far apart they are."""
-        coarse = self._difference(batch, vector, self.relative_step)
+        coarse, _ = self._difference(batch, vector, self.relative_step)
         for attempt in range(1, _STEPS):
-            fine = self._difference(batch, vector, self.relative_step * _RATIO**attempt)
-            apart = norm(coarse - fine) / max(norm(fine), torch.finfo(fine.dtype).tiny)
+            fine, rounding = self._difference(batch, vector, self.relative_step * _RATIO**attempt)
+            apart = norm(coarse - fine) / max(norm(fine), rounding / self.tolerance)
             if apart <= self.tolerance:
                 return fine, apart
             coarse = fine
@@ -111,10 +111,19 @@ class FiniteDifferenceOperator(HessianOperator):
             "float64 (dtype), or double backward"
         )
 
-    def _difference(self, batch: CurvatureBatch, vector: Tensor, relative_step: float) -> Tensor:
+    def _difference(
+        self, batch: CurvatureBatch, vector: Tensor, relative_step: float
+    ) -> tuple[Tensor, float]:
+        """Central difference of the gradient, and the length of it that may be rounding."""
         step = self._step(vector, relative_step)
         shift = step * vector
-        return finite(self._gradient(batch, shift).sub_(self._gradient(batch, -shift)).div_(2 * step))
+        ahead, behind = self._gradient(batch, shift), self._gradient(batch, -shift)
+        rounding = self._rounding(norm(ahead), step)
+        return finite(ahead.sub_(behind).div_(2 * step)), rounding
+
+    def _rounding(self, value: float, step: float) -> float:
+        """What rounding leaves of a difference of two such values, over the step; a generous guess."""
+        return 100 * torch.finfo(self.space.dtype).eps * value / step
 
     def _step(self, vector: Tensor, relative: float) -> float:
         """Length of a step in units of the vector; weights that are all zero count as one long."""

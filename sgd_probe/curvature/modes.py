@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.certify import Certificate, certify
-from sgd_probe.curvature.flat import flat_directions
+from sgd_probe.curvature.flat import Quadrature, flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.lanczos import lanczos
 from sgd_probe.curvature.linear_algebra import orthogonality
@@ -27,6 +27,7 @@ class Mode:
         converged: the residual is within the tolerance.
         certificate: from the certifying batches.
         layer_shares: share of each parameter in the squared length of the direction.
+        quadrature: what a near-flat direction is a mixture of; None for an eigenvector.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Mode:
     converged: bool
     certificate: Certificate
     layer_shares: Mapping[str, float]
+    quadrature: Quadrature | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class ModeBasis:
         vectors: orthonormal rows, shape (k, size), in the order of ``modes``.
         modes: the top modes by descending |eigenvalue|, then the flat directions.
         products: Hessian-vector products spent, certification included.
+        split_half_overlap: how well the held-out samples settle the top subspace, in [0, 1].
         orthogonality: largest |v_i . v_j|.
         converged: every top mode is within the tolerance.
         message: why the solver stopped.
@@ -54,6 +57,7 @@ class ModeBasis:
     vectors: Tensor
     modes: tuple[Mode, ...]
     products: int
+    split_half_overlap: float
     orthogonality: float
     converged: bool
     message: str
@@ -123,7 +127,10 @@ def find_modes(
         on_product=report,
     )
     vectors = torch.cat([stiff.vectors, valley.vectors]).contiguous()
-    certificates = certify(certifying, vectors)
+    stiff.krylov.truncate(0)  # its memory now serves the certification
+    top_rows = len(stiff.vectors)
+    roomy = max_vectors is None or 2 * top_rows + len(vectors) <= max_vectors
+    certification = certify(certifying, vectors, top=top_rows if roomy else 0)
     scale = max(float(stiff.eigenvalues.abs().max()), torch.finfo(torch.float64).tiny)
     names = [f"top_{i + 1:02d}" for i in range(len(stiff.vectors))]
     names += [f"flat_{i + 1:02d}" for i in range(len(valley.vectors))]
@@ -137,7 +144,10 @@ def find_modes(
             eigenvalue=eigenvalues[index],
             residual=residuals[index],
             converged=residuals[index] <= tolerance,
-            certificate=certificates[index],
+            certificate=certification.certificates[index],
+            quadrature=valley.quadratures[index - len(stiff.vectors)]
+            if index >= len(stiff.vectors)
+            else None,
             layer_shares=finding.space.layer_shares(vectors[index]),
         )
         for index, name in enumerate(names)
@@ -146,6 +156,7 @@ def find_modes(
         vectors=vectors,
         modes=modes,
         products=stiff.products + valley.products + len(vectors),
+        split_half_overlap=certification.split_half_overlap,
         orthogonality=orthogonality(vectors),
         converged=stiff.converged,
         message=stiff.message,

@@ -23,10 +23,10 @@ _LEAST_SHARE = 0.1
 
 _WRONG = (
     "some part of the loss has a wrong second derivative: a custom autograd function whose backward is "
-    "once_differentiable, leaves torch (numpy) or detaches; spectral_norm in training mode, which holds fixed "
-    "what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; otherwise "
-    "compute g * v / v.norm(dim=1, keepdim=True) in the forward pass). Use torch functions there, give a "
-    "loss_fn, or choose other layers with `params`"
+    "once_differentiable, leaves torch (numpy) or detaches; spectral_norm in training mode, which holds "
+    "fixed what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; "
+    "otherwise compute g * v / v.norm(dim=1, keepdim=True) in the forward pass). Use torch functions there, "
+    "give a loss_fn, or choose other layers with `params`"
 )
 _NO_GRADIENT = (
     "the weights do not follow the slope of the loss, so there is no Hessian for them to move in. A part of "

@@ -136,6 +136,7 @@ def summarise(measured: Measured) -> WindowResult:
             parameters=measured.parameters,
             products=basis.products + len(measured.end_eigenvalues),
             orthogonality=basis.orthogonality,
+            split_half_overlap=basis.split_half_overlap,
             converged=basis.converged,
             message=basis.message,
             self_test=measured.self_test,
@@ -190,6 +191,11 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
         held_out_eigenvalue=certificate.eigenvalue,
         held_out_standard_error=certificate.standard_error,
         effective_curvature=certificate.effective_curvature,
+        noise_weighted_curvature=_around(
+            certificate.noise_weighted_curvature, certificate.noise_weighted_error
+        ),
+        batch_curvature_variance=certificate.batch_variance,
+        growth_ratio=_growth(measured, mode, index, theory),
         end_eigenvalue=end,
         relaxation_times=(
             math.nan if measured.optimizer.withheld else curvature * statistics.confinement_clock
@@ -245,8 +251,25 @@ def _slope(evidence: Evidence | None, judgement: Judgement) -> Interval:
     """The slope is a curvature only where something confines; elsewhere it is an artefact."""
     if evidence is None or judgement.verdict is not Verdict.CONFINED:
         return Interval.unknown()
-    half = _Z95 * evidence.slope_error
-    return Interval(evidence.slope, evidence.slope - half, evidence.slope + half)
+    return _around(evidence.slope, evidence.slope_error)
+
+
+def _around(value: float, error: float) -> Interval:
+    return Interval(value, value - _Z95 * error, value + _Z95 * error)
+
+
+def _growth(measured: Measured, mode: Mode, index: int, theory: SGDDynamics | None) -> float:
+    """Predicted variance after the window over that of free diffusion; noise follows curvature."""
+    steps, decay = measured.statistics.steps, measured.decays[index]
+    if theory is None or not steps:
+        return math.nan
+    if mode.quadrature is None:
+        return closed_forms.growth_ratio(mode.certificate.eigenvalue + decay, steps, theory)
+    nodes, weights = mode.quadrature.nodes.tolist(), mode.quadrature.weights.tolist()
+    noise = [abs(node) * weight for node, weight in zip(nodes, weights, strict=True)]
+    ratios = [closed_forms.growth_ratio(node + decay, steps, theory) for node in nodes]
+    total = sum(noise)
+    return sum(n * r for n, r in zip(noise, ratios, strict=True)) / total if total > 0 else math.nan
 
 
 def _dynamics(measured: Measured) -> SGDDynamics | None:

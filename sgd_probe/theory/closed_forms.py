@@ -81,6 +81,19 @@ def free_mean_squared_displacement(noise_variance: float, lag: int, dynamics: SG
     return 2 * free_diffusion(noise_variance, dynamics) * lag * momentum_kernel(lag, dynamics.momentum)
 
 
+def growth_ratio(eigenvalue: float, steps: int, dynamics: SGDDynamics) -> float:
+    """Variance after so many steps from a point, over that of a flat mode with the same noise.
+
+    ``(1 - a^(2 t)) / ((1 - a^2) t)`` with ``a = 1 - eta_eff lambda``: 1 for a flat mode, about
+    ``1 / (2 kappa)`` for a confined one. Exact without momentum; with it, for times long against its memory.
+    """
+    decay = (1 - dynamics.effective_learning_rate * eigenvalue) ** 2
+    if decay == 1:
+        return 1.0
+    exponent = steps * math.log(decay) if decay > 0 else -math.inf
+    return math.expm1(exponent) / ((decay - 1) * steps) if exponent < 700 else math.inf
+
+
 def momentum_kernel(lag: int, momentum: float) -> float:
     """MSD of a flat mode over ``2 D lag``: ``1 - 2 mu (1 - mu^lag) / (lag (1 - mu^2))``."""
     return 1 - 2 * momentum * (1 - momentum**lag) / (lag * (1 - momentum**2))

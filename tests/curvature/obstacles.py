@@ -45,7 +45,7 @@ class OnceDifferentiable(Function):
         return x.tanh()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return cast(Tensor, gradient * (1 - x.tanh().square()))
@@ -143,9 +143,9 @@ class HandWritten(nn.Linear):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
-        self.layers = kind(3, 5, num_layers=2, dropout=0.2, batch_first=True)  # type: ignore[call-arg]
+        self.layers = kind(3, 5, num_layers=2, dropout=0.2, batch_first=True)
         self.last = nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:

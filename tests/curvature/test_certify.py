@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.certify import Certificate, certify, rayleigh_quotients
 from sgd_probe.curvature.hessian import CurvatureError, HessianOperator
 from sgd_probe.curvature.space import ParameterSpace
@@ -45,7 +46,7 @@ class Drawn:
 
 
 def certificate_of(batches: list[Tensor]) -> Certificate:
-    (certificate,) = certify(cast(HessianOperator, Drawn(batches)), direction()[None])
+    (certificate,) = certify(cast(HessianOperator, Drawn(batches)), direction()[None]).certificates
     return certificate
 
 
@@ -103,7 +104,7 @@ def test_unequal_batches_do_not_inflate_the_error() -> None:
 
 def test_one_batch_says_nothing_of_its_error() -> None:
     (batch,) = draw([4], torch.Generator().manual_seed(0))
-    (certificate,) = certify(operator_over([batch]), direction()[None])
+    (certificate,) = certify(operator_over([batch]), direction()[None]).certificates
     assert math.isnan(certificate.standard_error) and math.isnan(certificate.batch_variance)
     assert certificate.eigenvalue == pytest.approx(float(direction() @ batch.mean(0) @ direction()))
 
@@ -113,7 +114,7 @@ def test_without_noise_everything_is_exact() -> None:
     vectors = torch.linalg.eigh(mean_hessian())[1].T.contiguous()
     operator = operator_over(batches)
 
-    certificates = certify(operator, vectors)
+    certificates = certify(operator, vectors).certificates
 
     assert operator.products == SIZE
     for certificate, value in zip(certificates, torch.linalg.eigvalsh(mean_hessian()).tolist(), strict=True):
@@ -128,30 +129,85 @@ def test_effective_curvature_is_at_least_the_curvature() -> None:
         vectors = torch.linalg.qr(
             torch.randn(SIZE, 3, generator=generator, dtype=torch.float64)
         ).Q.T.contiguous()
-        for certificate in certify(operator_over(draw([2, 3], generator, noise=9.0)), vectors):
+        for certificate in certify(operator_over(draw([2, 3], generator, noise=9.0)), vectors).certificates:
             assert certificate.effective_curvature >= abs(certificate.eigenvalue)
 
 
 def test_a_mixed_direction_feels_its_stiff_share() -> None:
     values, vectors = torch.linalg.eigh(mean_hessian())
     mixed = (0.99 * vectors[:, 1] + 0.1 * vectors[:, -1]) / math.hypot(0.99, 0.1)
-    (certificate,) = certify(operator_over(draw([2, 2], torch.Generator(), noise=0.0)), mixed[None])
+    (certificate,) = certify(
+        operator_over(draw([2, 2], torch.Generator(), noise=0.0)), mixed[None]
+    ).certificates
     assert certificate.eigenvalue < 0.1 < 4 < certificate.effective_curvature < values.max() + 1e-9
 
 
-def test_a_direction_without_curvature_has_no_bound() -> None:
-    (certificate,) = certify(
-        operator_over([torch.zeros(2, SIZE, SIZE, dtype=torch.float64)] * 2), direction()[None]
-    )
+def test_a_dead_direction_has_no_effective_curvature() -> None:
+    operator = operator_over([torch.zeros(2, SIZE, SIZE, dtype=torch.float64)] * 2)
+    (certificate,) = certify(operator, direction()[None]).certificates
     assert certificate.eigenvalue == 0
-    assert certificate.effective_curvature == math.inf
+    assert certificate.effective_curvature == 0
+
+
+class Sampled(nn.Module):
+    """Least squares on given rows: Hessian and gradients of every batch are known in closed form."""
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, rows: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * (rows @ self.weights - targets).square().mean()
+
+
+def least_squares(batches: int, size: int, spectrum: Tensor, seed: int) -> tuple[HessianOperator, Tensor]:
+    """An operator over batches of rows of covariance diag(spectrum), at the minimum, with unit residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    module = Sampled(torch.zeros(len(spectrum), dtype=torch.float64))
+    frozen = []
+    for index in range(batches):
+        rows = torch.randn(size, len(spectrum), generator=generator, dtype=torch.float64) * spectrum.sqrt()
+        targets = torch.randn(size, generator=generator, dtype=torch.float64)
+        frozen.append(CurvatureBatch.freeze((rows, targets), index, seed=0))
+    space = ParameterSpace.of(module)
+    return HessianOperator(module, lambda m, batch, index: m(*batch), frozen, space), spectrum.diag()
+
+
+def test_the_noise_weighted_curvature_needs_no_assumption() -> None:
+    """With C = H the mixture's curvature is sum c^2 lambda^2 / sum c^2 lambda, from the gradients alone."""
+    spectrum = torch.tensor([4.0, 1.0, 0.25, 0.05], dtype=torch.float64)
+    vector = torch.tensor([0.1, 0.3, 0.5, 0.8], dtype=torch.float64)
+    vector /= vector.norm()
+    truth = float((vector.square() * spectrum.square()).sum() / (vector.square() * spectrum).sum())
+    found, claimed = [], []
+    for seed in range(40):
+        operator, _ = least_squares(64, 64, spectrum, seed)
+        (certificate,) = certify(operator, vector[None]).certificates
+        found.append(certificate.noise_weighted_curvature)
+        claimed.append(certificate.noise_weighted_error)
+    values = torch.tensor(found, dtype=torch.float64)
+    assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / 40**0.5 + 0.02 * truth
+    assert float(torch.tensor(claimed).mean()) == pytest.approx(float(values.std()), rel=0.4)
+    few, _ = least_squares(7, 64, spectrum, 0)
+    assert math.isnan(certify(few, vector[None]).certificates[0].noise_weighted_curvature)
+
+
+def test_the_split_half_overlap_says_whether_the_samples_settle_the_subspace() -> None:
+    spectrum = torch.cat([torch.tensor([50.0, 30.0]), torch.full((60,), 0.5)]).double()
+    top = torch.eye(62, dtype=torch.float64)[:2]
+    many, few = least_squares(8, 256, spectrum, 1)[0], least_squares(2, 2, spectrum, 1)[0]
+    settled = certify(many, top, top=2).split_half_overlap
+    unsettled = certify(few, top, top=2).split_half_overlap
+    assert 0.95 < settled <= 1 + 1e-9
+    assert 0 <= unsettled < 0.9 * settled
+    assert math.isnan(certify(least_squares(1, 8, spectrum, 1)[0], top, top=2).split_half_overlap)
 
 
 def test_rayleigh_quotients_are_the_certified_eigenvalues() -> None:
     operator = operator_over(draw([3, 4], torch.Generator().manual_seed(4)))
     vectors = torch.eye(SIZE, dtype=torch.float64)[:3]
     assert rayleigh_quotients(operator, vectors) == pytest.approx(
-        [c.eigenvalue for c in certify(operator, vectors)]
+        [c.eigenvalue for c in certify(operator, vectors).certificates]
     )
 
 

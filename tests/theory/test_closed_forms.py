@@ -259,3 +259,12 @@ def test_free_diffusion_with_momentum() -> None:
 def test_impossible_dynamics_are_refused(arguments: tuple[float, ...], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SGDDynamics(*arguments)
+
+
+@pytest.mark.parametrize("eigenvalue", [-0.05, -1e-9, 0.0, 1e-9, 0.003, 0.4, 10.0, 15.0])
+@pytest.mark.parametrize("steps", [1, 7, 500])
+def test_growth_ratio_is_the_sum_of_what_is_left_of_each_kick(eigenvalue: float, steps: int) -> None:
+    dynamics = SGDDynamics(0.1)
+    left = [(1 - 0.1 * eigenvalue) ** (2 * age) for age in range(steps)]
+    ratio = theory.growth_ratio(eigenvalue, steps, dynamics)
+    assert ratio == pytest.approx(sum(left) / steps, rel=1e-6)
