@@ -312,3 +312,31 @@ def noise(module: nn.Module, batch: Any, index: int) -> Tensor:
 
 def mlp(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 3))
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.inner(x) + x)
+
+
+def deep() -> nn.Module:
+    """Many kinks: half a million units with ReLU on 16 samples."""
+    return nn.Sequential(
+        nn.Linear(6, 256),
+        nn.Unflatten(1, (1, 16, 16)),
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        *(Residual(16) for _ in range(4)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from sgd_probe.curvature.hessian import HessianOperator, LossFunction, WrongHessianError
@@ -150,6 +151,12 @@ def test_accepts(name: str) -> None:
         assert float(line.rpartition(" ")[2]) < 1e-5
 
 
+def test_accepts_networks_with_many_kinks() -> None:
+    module = build(ob.deep)
+    for seed in range(4):
+        assert PASSED.match(ask(module, ob.cross_entropy, seed))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_accepts_compiled_modules(backend: str) -> None:
     module = cast(nn.Module, torch.compile(build(ob.transformer), backend=backend))
@@ -193,6 +200,16 @@ def test_a_teacher_that_creeps_within_the_step_is_let_pass_with_its_error() -> N
     found = PASSED.match(line)
     assert found
     assert 1e-4 < float(found[1]) < 1e-2
+
+
+def test_a_constant_that_is_a_buffer_is_cast_along() -> None:
+    module = build(lambda: ob.mlp(nn.Tanh()))
+    module.register_buffer("classes", torch.tensor([1.0, 2.0, 3.0]))
+
+    def weighted(module: nn.Module, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(module(batch[0]), batch[1], weight=module.get_buffer("classes"))
+
+    assert PASSED.match(ask(module, weighted))
 
 
 def test_says_where_the_precision_changes_the_random_numbers() -> None:
