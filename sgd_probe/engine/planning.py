@@ -12,6 +12,8 @@ from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 #: What one window costs in gradients, per curvature batch: products for the top modes and the flat
 #: ones on the finding set and one per mode on the certifying set, at two gradients a product.
 LANCZOS_PRODUCTS = 35
+#: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
+SELF_TEST_GRADIENTS = 40
 #: Windows that a run should have, where its budget allows.
 WINDOWS_WANTED = 10
 #: Bounds on the samples of a curvature set.

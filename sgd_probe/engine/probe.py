@@ -39,6 +39,7 @@ from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
 from sgd_probe.engine.planning import (
     LANCZOS_PRODUCTS,
+    SELF_TEST_GRADIENTS,
     Schedule,
     WindowPlan,
     choose_curvature_batches,
@@ -188,7 +189,7 @@ class ProbeEngine:
             self._cost = measure_gradient(self._module, self._loss, frozen, self.space)
         config = self.config
         self._batches_per_set = choose_curvature_batches(config, frozen.samples, self._planned_steps)
-        self._window_gradients = gradients_per_batch(config) * self._batches_per_set
+        self._window_gradients = SELF_TEST_GRADIENTS + gradients_per_batch(config) * self._batches_per_set
         self._window_seconds = self._cost.seconds * self._window_gradients
         retained = self._retain_graphs()
         graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
