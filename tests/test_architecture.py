@@ -48,7 +48,7 @@ DOORS: dict[str, set[str]] = {
     "pytorch_lightning": {"sgd_probe.integrations", "sgd_probe.demo"},
     "lightning_fabric": {"sgd_probe.integrations", "sgd_probe.demo"},
     "transformers": {"sgd_probe.integrations"},
-    "pyhessian": {"sgd_probe.curvature.pyhessian_bridge"},
+    "pyhessian": set(),
     "sklearn": {"sgd_probe.demo"},
     "pickle": set(),
     "cloudpickle": set(),
