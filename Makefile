@@ -4,6 +4,7 @@
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+PEERS  := $(VENV)/.peers-installed
 
 # Passed through: make demo DEMO_ARGS="--quick", make test TEST_ARGS="-k lanczos", make bench QUICK=1
 DEMO_ARGS ?=
@@ -39,7 +40,7 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
 
-bench: $(STAMP) ## run the scripts in benchmarks/ (QUICK=1 for a short run)
+bench: $(PEERS) ## run the scripts in benchmarks/ (QUICK=1 for a short run)
 	@set -e; found=; \
 	for script in benchmarks/[!_]*.py; do \
 	    [ -e "$$script" ] || continue; found=yes; \
@@ -60,6 +61,11 @@ browser: $(STAMP) ## make a browser available to the tests of the report page, i
 	    then exit 0; fi; \
 	fi; \
 	echo "==> no chromium or google-chrome on PATH: the browser tests of the report page will be skipped"
+
+# What sgd_probe is compared with: only the benchmarks need it.
+$(PEERS): $(STAMP)
+	@$(PYTHON) -m pip install --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@touch $@
 
 clean-venv: ## remove .venv; the next target makes it anew
 	rm -rf $(VENV)

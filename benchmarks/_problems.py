@@ -7,6 +7,7 @@ import string
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,9 +44,9 @@ FULL = {
 }
 #: Smaller siblings, trained until the learning rate has decayed to nothing.
 SMALL = {
-    "mlp": Recipe(width=64, depth=2, length=8, samples=256, steps=1500),
-    "resnet": Recipe(width=8, depth=1, length=16, samples=32, steps=600),
-    "transformer": Recipe(width=48, depth=2, length=32, samples=16, steps=1000),
+    "mlp": Recipe(width=64, depth=2, length=8, samples=256, steps=400),
+    "resnet": Recipe(width=8, depth=1, length=16, samples=32, steps=300),
+    "transformer": Recipe(width=48, depth=2, length=32, samples=16, steps=400),
 }
 
 
@@ -147,7 +148,7 @@ def _text(name: str, recipe: Recipe) -> tuple[Tensor, Tensor]:
 def _mlp(recipe: Recipe) -> nn.Module:
     widths = [64] + [recipe.width] * recipe.depth
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 10))
 

@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -79,7 +80,10 @@ def _sgd_probe(problem: Problem, count: int, setting: float, clock: Clock) -> tu
     model = problem.model
     batch = CurvatureBatch.freeze((problem.inputs, problem.targets), 0, SEED)
     generator = torch.Generator().manual_seed(SEED)
-    with isolated(model), HessianOperator(model, training_loss, [batch], ParameterSpace.of(model)) as operator:
+    with (
+        isolated(model),
+        HessianOperator(model, training_loss, [batch], ParameterSpace.of(model)) as operator,
+    ):
         operator.matvec = clock(operator.matvec)  # type: ignore[method-assign]
         found = lanczos(operator, count, torch.empty(0), tolerance=TOLERANCE, generator=generator)
     return found.eigenvalues, found.vectors
@@ -115,18 +119,21 @@ def _hessian_eigenthings(problem: Problem, count: int, setting: float, clock: Cl
     loss = supervised_loss(nn.functional.cross_entropy)
     operator = Operator(problem.model, [(problem.inputs, problem.targets)], loss)
     operator.matvec = clock(operator.matvec)
-    found = their_lanczos(operator, k=count, max_iter=int(setting), seed=SEED)
+    found = their_lanczos(operator, k=count, max_iter=int(setting), reorthogonalize=True, seed=SEED)
     return found.eigenvalues, found.eigenvectors
 
 
 def _pyhessian(problem: Problem, count: int, setting: float, clock: Clock) -> tuple[Tensor, Tensor]:
     from pyhessian import hessian
 
+    warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
     theirs = sys.modules["pyhessian.hessian"]
     theirs.hessian_vector_product = clock(theirs.hessian_vector_product)  # type: ignore[attr-defined]
     problem.without_running_statistics()  # it calls eval()
     data = (problem.inputs, problem.targets)
-    values, vectors = hessian(problem.model, nn.CrossEntropyLoss(), data=data, cuda=False).eigenvalues(top_n=count)
+    values, vectors = hessian(problem.model, nn.CrossEntropyLoss(), data=data, cuda=False).eigenvalues(
+        top_n=count
+    )
     return torch.tensor(values), torch.stack([torch.cat([part.reshape(-1) for part in v]) for v in vectors])
 
 

@@ -33,7 +33,7 @@ def test_eigenvalues_and_vectors_of_power_iteration() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(50):
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), targets).backward()
+        F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     twin = copy.deepcopy(model)  # it switches to eval mode and adds into .grad
