@@ -157,6 +157,8 @@ def _problem(
                     continue
                 arguments = (folder, name, solver, settings.get(solver, 0.0), options.threads)
                 run = _in_own_process(context, arguments, options.limit)
+                took = f"{run.seconds:.2f} s" if run else f"over {options.limit:.0f} s"
+                print(f"{name}: {solver} took {took}", file=sys.stderr, flush=True)
                 over += [solver] if run is None else []
                 runs[solver] += [] if run is None else [run]
     outcomes = _examine(problem, runs, options.limit)
