@@ -49,6 +49,8 @@ class LanczosResult:
         products: matrix-vector products used.
         krylov: all Ritz vectors that the search has left behind, those above first: what is not worth
             the name of an eigenvector still holds the stiff part of the space.
+        ritz_values: of all those vectors, float64, shape (len(krylov),).
+        ritz_residuals: theirs, as ``residuals``.
         restarts: how often the basis had to be restarted.
         seconds: wall time.
         converged: every pair reached the tolerance and the set was stable.
@@ -61,6 +63,8 @@ class LanczosResult:
     orthogonality: float
     products: int
     krylov: KrylovBasis
+    ritz_values: Tensor
+    ritz_residuals: Tensor
     restarts: int
     seconds: float
     converged: bool
@@ -144,17 +148,19 @@ def lanczos(
                 state.restart()
                 restarts += 1
             state.basis.append(following)
-    basis, values = state.basis, state.values[:count]
+    basis = state.basis
     basis.rotate(state.vectors)
     vectors = basis.matrix(stop=count)
-    largest = values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    residuals = state.errors / state.values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return LanczosResult(
-        eigenvalues=values,
+        eigenvalues=state.values[:count],
         vectors=vectors,
-        residuals=state.errors[:count] / largest,
+        residuals=residuals[:count],
         orthogonality=orthogonality(vectors),
         products=done,
         krylov=basis,
+        ritz_values=state.values,
+        ritz_residuals=residuals,
         restarts=restarts,
         seconds=time.perf_counter() - started,
         converged=message.startswith(("converged", "the basis spans")),
