@@ -8,7 +8,7 @@ precise second opinion, and neither touches a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -157,15 +157,25 @@ def _checked(loss: object) -> Tensor:
 
 def _check_precision(loss: Tensor, dtype: torch.dtype) -> None:
     """Refuse a loss with a step on its way from the weights that is less precise than asked for."""
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _graph(loss):
         for output in node._input_metadata:  # the input of a backward step is the output of the forward one
             if output.dtype.is_floating_point and torch.finfo(output.dtype).eps > torch.finfo(dtype).eps:
                 raise CurvatureError(
                     f"a part of the loss is computed in {output.dtype}, whatever the weights are"
                 )
-        pending.extend(parent for parent, _ in node.next_functions)
+
+
+def leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a loss's gradient arrives at."""
+    return [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+
+
+def _graph(loss: Tensor) -> Iterator[Any]:
+    """The nodes of a loss's graph."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(parent for parent, _ in node.next_functions)

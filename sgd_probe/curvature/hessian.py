@@ -21,6 +21,7 @@ from sgd_probe.curvature.aliased import (
     Evaluation,
     LossFunction,
     WrongHessianError,
+    leaves,
 )
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.space import ParameterSpace
@@ -119,9 +120,10 @@ class HessianOperator:
         Raises:
             CurvatureError: the product is not finite.
         """
-        total = torch.zeros_like(vector)
-        for weight, product in self.matvec_per_batch(vector):
-            total.add_(product, alpha=weight)
+        total: Tensor | None = None
+        for weight, product in self.matvec_per_batch(vector):  # every product is ours to change
+            total = product.mul_(weight) if total is None else total.add_(product, alpha=weight)
+        assert total is not None
         return total
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
@@ -168,9 +170,8 @@ class HessianOperator:
 
     def _check_reach(self, loss: Tensor) -> None:
         """Refuse a loss that reaches a probed weight by another way than the aliases."""
-        live = self.space.parameters
-        reached = torch.autograd.grad(loss, live, retain_graph=True, allow_unused=True)
-        around = [n for n, g in zip(self.space.names, reached, strict=True) if g is not None]
+        live = dict(zip(map(id, self.space.parameters), self.space.names, strict=True))
+        around = [live[id(leaf)] for leaf in leaves(loss) if id(leaf) in live]
         if around:
             raise WrongHessianError(
                 f"expected the loss to reach {around[0]} through the module's attributes, found another "
@@ -185,7 +186,8 @@ def finite(product: Tensor) -> Tensor:
     Raises:
         CurvatureError: it is not finite.
     """
-    if not bool(torch.isfinite(product).all()):
+    # The sum sees every inf and nan in one pass; what it may do beside that is to overflow.
+    if not math.isfinite(float(product.sum())) and not bool(torch.isfinite(product).all()):
         raise CurvatureError(
             "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its second "
             "derivative at these weights"

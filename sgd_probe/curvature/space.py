@@ -105,12 +105,14 @@ class ParameterSpace:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Lay one tensor per parameter out as a flat vector of shape (size,); None reads as zeros."""
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for where, tensor in zip(self.slices, tensors, strict=True):
-            if tensor is not None:
+        pieces = []
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            if tensor is None:
+                pieces.append(torch.zeros(parameter.numel(), dtype=self.dtype, device=self.device))
+            else:
                 dense = tensor.to_dense() if tensor.is_sparse else tensor
-                flat[where] = dense.detach().reshape(-1)
-        return flat
+                pieces.append(dense.detach().reshape(-1).to(self.dtype))
+        return torch.cat(pieces)
 
     def layer_shares(self, vector: Tensor, most: int = 8) -> Mapping[str, float]:
         """Share of each parameter in the squared length of a vector, the largest ``most`` of them."""

@@ -105,7 +105,13 @@ def test_any_spectrum(spectrum: list[float], count: int, seed: int) -> None:
     result = solve(operator, count, seed=seed)
     assert len(result.eigenvalues) == min(count, len(spectrum))
     assert result.products <= len(spectrum)
-    assert_finds_the_top(operator, result, rtol=1e-7)
+    assert result.converged, result.message
+    true, found = torch.tensor(spectrum, dtype=torch.float64), result.eigenvalues
+    scale = float(true.abs().max())
+    # Copies apart, which one starting vector need not see, none is passed over and none is made up.
+    assert float((found[:, None] - true).abs().amin(dim=1).max()) <= 1e-7 * scale
+    larger = true[true.abs() > found.abs().min() + 1e-6 * scale]
+    assert not len(larger) or float((larger[:, None] - found).abs().amin(dim=1).max()) <= 1e-6 * scale
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -127,8 +133,8 @@ def test_costs_no_more_products_than_it_did() -> None:
         result = solve(operator, 10, seed=seed, tolerance=1e-3, like=SINGLE, max_products=None)
         assert_finds_the_top(operator, result, rtol=1e-3)
         counts.append(result.products)
-    assert max(counts) <= 40
-    assert sum(counts) / len(counts) <= 34
+    assert max(counts) <= 22
+    assert sum(counts) / len(counts) <= 20
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -151,15 +157,40 @@ class Diagonal(Symmetric):
         return self.matrix.to(vector) * vector
 
 
+def like_a_trained_mlp(size: int) -> Tensor:
+    outliers = [1, 0.37, 0.3, 0.22, 0.2, 0.15, 0.12, 0.1, 0.08, 0.063, 0.049, 0.044, 0.04, 0.035]
+    bulk = 0.025 * torch.rand(size - len(outliers), generator=torch.Generator().manual_seed(0)) ** 4
+    return torch.cat([torch.tensor(outliers), bulk])
+
+
+def crowded_below_twelve_outliers(size: int) -> Tensor:
+    outliers = torch.tensor([1.3, -1.2, *(1.05 + 0.02 * i for i in range(10))])
+    return torch.cat([torch.linspace(0.9, 1.0, size - len(outliers)), outliers])
+
+
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
-def test_residuals_alone_would_have_stopped_on_a_wrong_set(tolerance: float) -> None:
-    spectrum = network_spectrum(10_000).double()
-    top = spectrum[spectrum.abs().argsort(descending=True)][:10]
-    for seed in range(30):  # with values that stood still but once, two of these were wrong
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        network_spectrum(4_000),
+        like_a_trained_mlp(4_000),
+        crowded_below_twelve_outliers(4_000),
+        torch.arange(1, 4_001) ** -1.0 * torch.tensor([1.0, -1.0]).repeat(2_000),
+        torch.arange(1, 4_001) ** -1.5,
+    ],
+    ids=["network", "mlp", "crowded", "power 1", "power 1.5"],
+)
+def test_a_wrong_set_is_rare(spectrum: Tensor, tolerance: float) -> None:
+    # Residuals alone would have stopped on one in a tenth of these searches.
+    magnitudes = spectrum.abs().sort(descending=True).values[:10].double()
+    wrong = 0
+    for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         result = lanczos(Diagonal(spectrum), 10, SINGLE, tolerance=tolerance, generator=generator)
         assert result.converged
-        torch.testing.assert_close(result.eigenvalues, top, rtol=0, atol=20 * tolerance)
+        error = (result.eigenvalues.abs() - magnitudes).abs().max() / magnitudes[0]
+        wrong += float(error) > 2 * tolerance
+    assert wrong <= 2
 
 
 @pytest.mark.parametrize("like", [DOUBLE, SINGLE], ids=["float64", "float32"])
@@ -288,7 +319,7 @@ def test_scale_and_sign_change_nothing_else(sign: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("vectors", [16, 20, 30])
+@pytest.mark.parametrize("vectors", [16, 18, 20])
 def test_a_restarted_basis_finds_the_same_pairs(vectors: int, seed: int) -> None:
     operator = Symmetric.of(network_spectrum(300), seed=seed)
     free = lanczos(operator, 10, DOUBLE, tolerance=1e-8, max_products=400)
