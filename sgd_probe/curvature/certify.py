@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import HessianOperator
-from sgd_probe.curvature.linear_algebra import inner
+from sgd_probe.curvature.linear_algebra import gram, inner
 
 #: Fewer minibatches say nothing of a covariance.
 MIN_BATCHES = 8
@@ -169,8 +169,7 @@ def _overlap(halves: list[tuple[Tensor, Tensor]]) -> float:
 
 def _whitener(rows: Tensor) -> Tensor:
     """Turns rows into orthonormal ones: float64, shape (rank, k)."""
-    gram = torch.stack([inner(rows, row) for row in rows]).cpu()
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = torch.linalg.eigh(gram(rows).cpu())
     kept = values > torch.finfo(torch.float32).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     whitener: Tensor = (vectors[:, kept] / values[kept].sqrt()).T
     return whitener

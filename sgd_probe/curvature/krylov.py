@@ -14,7 +14,7 @@ from sgd_probe.curvature.linear_algebra import inner
 #: Rows of a block.
 BLOCK_ROWS = 8
 #: Columns that are rotated at a time.
-_CHUNK_COLUMNS = 65_536
+_CHUNK_COLUMNS = 8_192
 
 
 class KrylovBasis:
@@ -63,15 +63,10 @@ class KrylovBasis:
         taken = torch.zeros(self._count, dtype=torch.float64)
         rows = self._rows()
         if recurrence:
-            for index in range(max(self._count - 2, 0), self._count):
-                row = self[index]
-                taken[index] = found = inner(row.unsqueeze(0), vector).cpu()[0]
-                vector.add_(row, alpha=-float(found))
+            start = max(self._count - 2, 0)
+            taken[start:] = _take_out(self._last(start), vector)
         for _ in range(1 if recurrence else 2):
-            parts = [inner(part, vector) for part in rows]
-            for part, found in zip(rows, parts, strict=True):
-                vector.addmv_(part.T, found.to(vector.dtype), alpha=-1.0)
-            taken += torch.cat(parts).cpu() if parts else 0.0
+            taken += _take_out(rows, vector)
         return taken
 
     def rotate(self, coefficients: Tensor) -> None:
@@ -85,8 +80,8 @@ class KrylovBasis:
         for start in range(0, self._size, _CHUNK_COLUMNS):
             columns = slice(start, start + _CHUNK_COLUMNS)
             turned = turn @ torch.cat([rows[:, columns] for rows in self._rows()])
-            for index in range(keep):
-                self[index][columns] = turned[index]
+            for rows, part in zip(self._blocks, torch.split(turned, BLOCK_ROWS), strict=False):
+                rows[: len(part), columns] = part
         self.truncate(keep)
 
     def truncate(self, count: int) -> None:
@@ -112,6 +107,13 @@ class KrylovBasis:
         """Vectors that memory is taken for."""
         return len(self._blocks) * BLOCK_ROWS
 
+    def _last(self, start: int) -> list[Tensor]:
+        """The vectors from an index on, at most a block of them."""
+        first, last = start // BLOCK_ROWS, (self._count - 1) // BLOCK_ROWS
+        if first == last:
+            return [self._blocks[first][start % BLOCK_ROWS : (self._count - 1) % BLOCK_ROWS + 1]]
+        return [self[index].unsqueeze(0) for index in range(start, self._count)]
+
     def _rows(self) -> list[Tensor]:
         """The filled rows of every block."""
         return [
@@ -119,3 +121,11 @@ class KrylovBasis:
             for i, block in enumerate(self._blocks)
             if i * BLOCK_ROWS < self._count
         ]
+
+
+def _take_out(parts: list[Tensor], vector: Tensor) -> Tensor:
+    """Take the components along rows out of a vector, in place; returns them, float64 on the CPU."""
+    found = [inner(rows, vector) for rows in parts]
+    for rows, components in zip(parts, found, strict=True):
+        vector.addmv_(rows.T, components.to(vector.dtype), alpha=-1.0)
+    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)

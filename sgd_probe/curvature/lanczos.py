@@ -216,15 +216,16 @@ class _Search:
         # that is known when a random vector of it turns out to be an eigenvector.
         self.looked = self.chain > self.count + _EXTRA_PAIRS
         negligible = max(10 * torch.finfo(self.like.dtype).eps, 1e-3 * self.tolerance)
-        if coupling <= negligible * self.scale or self.exhausted:
+        if coupling > negligible * self.scale and not self.exhausted:
+            following /= coupling
+        else:
             # Go on in the complement, uncoupled from the space so far.
             self.looked = self.chain == 1
             coupling, self.chain = 0.0, 0
             if not self.exhausted:
                 following = random_unit(self.operator.size, self.like, self.generator)
                 self.basis.orthogonalise(following)
-        if not self.exhausted:
-            following /= norm(following)
+                following /= norm(following)
         values, vectors = torch.linalg.eigh(self.projected)
         order = values.abs().argsort(descending=True)
         self.values, self.vectors = values[order], vectors[:, order]

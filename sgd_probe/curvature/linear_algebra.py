@@ -7,7 +7,7 @@ from torch import Tensor
 
 #: Products are summed in the vectors' own precision over pieces of this length, then in float64. A CPU
 #: adds one by one, so that its error grows with the length; a device adds in trees and needs few calls.
-CHUNK = 8_192
+CHUNK = 65_536
 DEVICE_CHUNK = 1_048_576
 
 
@@ -24,10 +24,27 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
     Returns:
         float64, shape (k,).
     """
-    length = CHUNK if vector.device.type == "cpu" else DEVICE_CHUNK
+    length = _chunk(vector)
+    if len(vector) <= length:
+        return (rows @ vector).double()
     total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
     for piece, part in zip(torch.split(rows, length, dim=1), torch.split(vector, length), strict=True):
         total += piece @ part
+    return total
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Inner products of all rows with each other, accumulated in float64.
+
+    Args:
+        rows: shape (k, size).
+
+    Returns:
+        float64, shape (k, k).
+    """
+    total = torch.zeros((len(rows), len(rows)), dtype=torch.float64, device=rows.device)
+    for piece in torch.split(rows, _chunk(rows), dim=1):
+        total += piece @ piece.T
     return total
 
 
@@ -61,5 +78,9 @@ def orthogonality(rows: Tensor) -> float:
     """Largest |v_i . v_j| of two different unit rows; 0 for fewer than two."""
     if len(rows) < 2:
         return 0.0
-    gram = torch.stack([inner(rows, row) for row in rows])
-    return float((gram - torch.diag(gram.diagonal())).abs().max())
+    products = gram(rows)
+    return float((products - torch.diag(products.diagonal())).abs().max())
+
+
+def _chunk(tensor: Tensor) -> int:
+    return CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
