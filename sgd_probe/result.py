@@ -30,9 +30,14 @@ class Verdict(StrEnum):
 
 
 class ModeKind(StrEnum):
-    """How a direction was chosen: an eigenvector of largest |eigenvalue|, or a near-flat direction."""
+    """How a direction was chosen, in the order in which a window lists them.
+
+    An eigenvector of largest |eigenvalue|, a Ritz vector at a level between those and the flat ones, or a
+    near-flat direction.
+    """
 
     TOP = "top"
+    INTERIOR = "interior"
     FLAT = "flat"
 
 
@@ -78,11 +83,12 @@ class ModeResult:
     ``eta * t`` where the name says so.
 
     Attributes:
-        name: ``top_01`` (stiffest) ..., ``flat_01`` ...: stable keys for logs.
+        name: ``top_01`` (stiffest) ..., ``interior_01`` ..., ``flat_01`` ...: stable keys for logs.
         kind: how the direction was chosen.
         eigenvalue: Rayleigh quotient v.Hv on the batches that found the direction.
         residual: ``||Hv - eigenvalue v|| / |lambda_1|`` on those batches.
-        converged: the residual is below the tolerance, so "eigenvector" is a fair word.
+        converged: the residual is below the tolerance, that of an interior mode also below a tenth of its
+            own eigenvalue, so "eigenvector" is a fair word.
         held_out_eigenvalue: v.Hv on disjoint batches, the unbiased value.
         held_out_standard_error: standard error of the held-out value over those batches.
         effective_curvature: ``||Hv||^2 / |v.Hv|`` on the held-out batches: the curvature that
@@ -91,7 +97,7 @@ class ModeResult:
             assumption; unknown for fewer than eight batches.
         batch_curvature_variance: Var(v.H_B v) over held-out batches.
         growth_ratio: predicted variance after the window over that of free diffusion: from the
-            eigenvalue, for a near-flat direction from the mixture of eigenvalues that it is.
+            eigenvalue, for a mixed direction from the mixture of eigenvalues that it is.
         end_eigenvalue: v.Hv on the held-out batches at the window's end.
         relaxation_times: predicted number of relaxation times in the window (kappa), from the
             curvature at its start, weight decay included: curvature times the confinement clock.
@@ -151,6 +157,14 @@ class ModeResult:
     marks: tuple[str, ...] = ()
     layer_shares: Mapping[str, float] = field(default_factory=dict)
     displacements: tuple[LagPoint, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """No eigenvector, nor meant to be one: near-flat, or an interior mode that has not converged.
+
+        How it moves is decided by its effective curvature, not by its Rayleigh quotient.
+        """
+        return self.kind is ModeKind.FLAT or (self.kind is ModeKind.INTERIOR and not self.converged)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +245,7 @@ class WindowResult:
         sampling: one line on what the loader does.
         curvature: how the directions were found.
         cost: what it cost.
-        modes: the modes: top ones first, stiffest first.
+        modes: the modes: top ones first, then interior and near-flat ones; the first two stiffest first.
         warnings: plain-word warnings that concern the whole window.
         expected_false_flags: how many of the flags raised by this window (diffusive or drifting
             called on a confined mode, or confined called on a flat one) are expected to be wrong.

@@ -198,6 +198,21 @@ def test_what_is_no_object_is_refused(data: Any) -> None:
         WindowResult.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("kind", "converged", "mixed"),
+    [
+        (ModeKind.TOP, True, False),
+        (ModeKind.TOP, False, False),
+        (ModeKind.INTERIOR, True, False),
+        (ModeKind.INTERIOR, False, True),
+        (ModeKind.FLAT, True, True),
+        (ModeKind.FLAT, False, True),
+    ],
+)
+def test_which_directions_are_mixed(kind: ModeKind, converged: bool, mixed: bool) -> None:
+    assert make_mode(kind=kind, converged=converged).mixed is mixed
+
+
 def test_counts_add_up_and_name_every_verdict() -> None:
     window = make_window()
     counts = window.counts()

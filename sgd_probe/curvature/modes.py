@@ -1,9 +1,10 @@
-"""The basis of a window: top modes and near-flat directions with their certificates."""
+"""The basis of a window: top modes, interior and near-flat directions with their certificates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 from sgd_probe.curvature.certify import Certificate, certify
 from sgd_probe.curvature.flat import Quadrature, flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
+from sgd_probe.curvature.interior import interior_directions
 from sgd_probe.curvature.lanczos import lanczos
 from sgd_probe.curvature.linear_algebra import orthogonality
+
+#: How a direction was chosen.
+Kind = Literal["top", "interior", "flat"]
 
 
 @dataclass(frozen=True)
@@ -20,24 +25,35 @@ class Mode:
     """One direction: how it was found, and what held-out batches say of it.
 
     Attributes:
-        name: ``top_01`` ... or ``flat_01`` ....
-        flat: a near-flat direction, else an eigenvector of large |eigenvalue|.
+        name: ``top_01`` ..., ``interior_01`` ... or ``flat_01`` ....
+        kind: an eigenvector of large |eigenvalue|, a Ritz vector at a level below, or near-flat.
         eigenvalue: v.Hv on the finding batches.
         residual: ``||Hv - eigenvalue v|| / |lambda_1|`` on the finding batches.
-        converged: the residual is within the tolerance.
+        converged: the residual is within the tolerance; that of an interior mode also within a tenth of
+            its own eigenvalue.
         certificate: from the certifying batches.
         layer_shares: share of each parameter in the squared length of the direction.
-        quadrature: what a near-flat direction is a mixture of; None for an eigenvector.
+        quadrature: what a mixed direction is a mixture of; None for an eigenvector.
     """
 
     name: str
-    flat: bool
+    kind: Kind
     eigenvalue: float
     residual: float
     converged: bool
     certificate: Certificate
     layer_shares: Mapping[str, float]
     quadrature: Quadrature | None
+
+    @property
+    def flat(self) -> bool:
+        """A near-flat direction."""
+        return self.kind == "flat"
+
+    @property
+    def mixed(self) -> bool:
+        """Not to be taken for an eigenvector: near-flat, or an interior mode that has not converged."""
+        return self.flat or (self.kind == "interior" and not self.converged)
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,8 @@ class ModeBasis:
 
     Attributes:
         vectors: orthonormal rows, shape (k, size), in the order of ``modes``.
-        modes: the top modes by descending |eigenvalue|, then the flat directions.
+        modes: the top modes by descending |eigenvalue|, the interior ones likewise, then the flat
+            directions.
         products: Hessian-vector products spent, certification included.
         split_half_overlap: how well the held-out samples settle the top subspace, in [0, 1].
         orthogonality: largest |v_i . v_j|.
@@ -78,21 +95,24 @@ def find_modes(
     flat_curvature: Callable[[Tensor], float],
     flat_dimension: int,
     generator: torch.Generator,
+    interior: int = 0,
     max_vectors: int | None = None,
     start: Tensor | None = None,
     on_product: Callable[[int], None] | None = None,
 ) -> ModeBasis:
-    """Find top and near-flat modes on one set of batches and certify them on another.
+    """Find top, interior and near-flat modes on one set of batches and certify them on another.
 
     Args:
         finding: the operator whose modes are sought.
         certifying: the same loss over disjoint batches.
         top: number of eigenvectors of largest |eigenvalue|.
         flat: number of near-flat directions.
-        tolerance: residual bound of the top modes, relative to |lambda_1|.
+        tolerance: residual bound of the top modes and of converged interior ones, relative to |lambda_1|.
         flat_curvature: from the top eigenvalues to the effective curvature that flat directions aim at.
         flat_dimension: products spent on each flat direction.
         generator: source of random vectors.
+        interior: number of Ritz vectors at log-spaced levels below the top; fewer where the search for
+            those has left fewer.
         max_vectors: vectors that the eigensolver may hold at once.
         start: first Lanczos vector.
         on_product: called with the number of products so far.
@@ -108,15 +128,15 @@ def find_modes(
         generator=generator,
         on_product=on_product,
     )
-
-    def report(done: int) -> None:
-        if on_product is not None:
-            on_product(stiff.products + done)
-
     room = finding.size - flat * flat_dimension
     if max_vectors is not None:
         room = min(room, max_vectors - flat - flat_dimension)
-    stiff.krylov.truncate(max(room, len(stiff.vectors)))
+    between = interior_directions(finding, stiff, interior, tolerance=tolerance, room=room)
+
+    def report(done: int) -> None:
+        if on_product is not None:
+            on_product(stiff.products + between.products + done)
+
     valley = flat_directions(
         finding,
         flat,
@@ -126,38 +146,66 @@ def find_modes(
         generator=generator,
         on_product=report,
     )
-    vectors = torch.cat([stiff.vectors, valley.vectors]).contiguous()
+    vectors = torch.cat([stiff.vectors, between.vectors, valley.vectors]).contiguous()
     stiff.krylov.truncate(0)  # its memory now serves the certification
+    scale = max(float(stiff.eigenvalues.abs().max()), torch.finfo(torch.float64).tiny)
+    spread = (valley.product_norms.square() - valley.rayleigh_quotients.square()).clamp_min(0).sqrt() / scale
+    found = [
+        *_found("top", stiff.eigenvalues, stiff.residuals, stiff.residuals <= tolerance),
+        *_found("interior", between.ritz_values, between.residuals, between.converged, between.quadratures),
+        *_found("flat", valley.rayleigh_quotients, spread, spread <= tolerance, valley.quadratures),
+    ]
     top_rows = len(stiff.vectors)
     roomy = max_vectors is None or 2 * top_rows + len(vectors) <= max_vectors
     certification = certify(certifying, vectors, top=top_rows if roomy else 0)
-    scale = max(float(stiff.eigenvalues.abs().max()), torch.finfo(torch.float64).tiny)
-    names = [f"top_{i + 1:02d}" for i in range(len(stiff.vectors))]
-    names += [f"flat_{i + 1:02d}" for i in range(len(valley.vectors))]
-    eigenvalues = torch.cat([stiff.eigenvalues, valley.rayleigh_quotients]).tolist()
-    spread = (valley.product_norms.square() - valley.rayleigh_quotients.square()).clamp_min(0).sqrt()
-    residuals = torch.cat([stiff.residuals, spread / scale]).tolist()
     modes = tuple(
         Mode(
-            name=name,
-            flat=index >= len(stiff.vectors),
-            eigenvalue=eigenvalues[index],
-            residual=residuals[index],
-            converged=residuals[index] <= tolerance,
-            certificate=certification.certificates[index],
-            quadrature=valley.quadratures[index - len(stiff.vectors)]
-            if index >= len(stiff.vectors)
-            else None,
-            layer_shares=finding.space.layer_shares(vectors[index]),
+            name=f"{row.kind}_{row.rank:02d}",
+            kind=row.kind,
+            eigenvalue=row.eigenvalue,
+            residual=row.residual,
+            converged=row.converged,
+            certificate=certificate,
+            quadrature=row.quadrature,
+            layer_shares=finding.space.layer_shares(vector),
         )
-        for index, name in enumerate(names)
+        for row, certificate, vector in zip(found, certification.certificates, vectors, strict=True)
     )
     return ModeBasis(
         vectors=vectors,
         modes=modes,
-        products=stiff.products + valley.products + len(vectors),
+        products=stiff.products + between.products + valley.products + len(vectors),
         split_half_overlap=certification.split_half_overlap,
         orthogonality=orthogonality(vectors),
         converged=stiff.converged,
         message=stiff.message,
     )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A direction before it is certified."""
+
+    kind: Kind
+    rank: int
+    eigenvalue: float
+    residual: float
+    converged: bool
+    quadrature: Quadrature | None
+
+
+def _found(
+    kind: Kind,
+    eigenvalues: Tensor,
+    residuals: Tensor,
+    converged: Tensor,
+    quadratures: Sequence[Quadrature | None] | None = None,
+) -> list[_Found]:
+    rows = zip(
+        eigenvalues.tolist(),
+        residuals.tolist(),
+        converged.tolist(),
+        quadratures or [None] * len(eigenvalues),
+        strict=True,
+    )
+    return [_Found(kind, rank, *row) for rank, row in enumerate(rows, start=1)]

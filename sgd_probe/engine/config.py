@@ -18,6 +18,10 @@ class ProbeConfig:
     Attributes:
         top: eigenvectors of largest |eigenvalue|.
         flat: near-flat directions.
+        interior: directions at log-spaced levels of |lambda|, from the top down to the smallest that the
+            search for the top resolves; fewer where it resolves fewer. They cost two products together and
+            certification each. None by default: few converge to eigenvectors, the others are mixtures,
+            and one window can seldom tell the fate of what lies between stiff and flat.
         window: length of a window in optimizer steps, or "auto": as long as the stiff modes need to
             show 20 relaxation times, as short as the flat ones need to stay flat.
         max_overhead: the probe's share of the training's wall time, in (0, 1).
@@ -25,7 +29,7 @@ class ProbeConfig:
             to ``max_overhead``. It makes a run reproducible. At least ``window``.
         grace_seconds: a run too short for its budget still gets one window, if that takes no longer.
         curvature_batches: training batches in each of the two curvature sets, or "auto".
-        tolerance: residual bound of the top modes relative to |lambda_1|. 1e-2 gives eigenvalues to
+        tolerance: residual bound of eigenvectors relative to |lambda_1|. 1e-2 gives eigenvalues to
             1e-4 of lambda_1, far below their sampling error.
         flat_dimension: Hessian-vector products spent on each flat direction.
         flat_curvature: effective curvature that flat directions aim at, as a share of |lambda_1|; less
@@ -47,6 +51,7 @@ class ProbeConfig:
 
     top: int = 10
     flat: int = 4
+    interior: int = 0
     window: int | Literal["auto"] = "auto"
     max_overhead: float = 0.05
     every_n_steps: int | None = None
@@ -95,6 +100,7 @@ MIN_WINDOW = 50
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("top", _integer(1), "an integer of at least 1"),
     ("flat", _integer(0), "an integer of at least 0"),
+    ("interior", _integer(0), "an integer of at least 0"),
     ("window", _or("auto", _integer(MIN_WINDOW)), f'"auto" or an integer of at least {MIN_WINDOW}'),
     ("max_overhead", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
     ("every_n_steps", _or(None, _integer(1)), "None or an integer of at least 1"),

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
 from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 
-#: What one window costs in gradients, per curvature batch: products for the top modes and the flat
-#: ones on the finding set and one per mode on the certifying set, at two gradients a product.
+#: What one window costs in gradients, per curvature batch: products for the top modes, the interior and
+#: the flat ones on the finding set and one per mode on the certifying set, at two gradients a product.
 LANCZOS_PRODUCTS = 35
 #: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
 SELF_TEST_GRADIENTS = 40
@@ -36,11 +37,17 @@ class WindowPlan:
     reason: str
 
 
+def finding_products(config: ProbeConfig) -> int:
+    """About how many Hessian-vector products it takes to find the directions of a window."""
+    interior = INTERIOR_PRODUCTS if config.interior else 0
+    return LANCZOS_PRODUCTS + interior + config.flat * config.flat_dimension
+
+
 def gradients_per_batch(config: ProbeConfig) -> float:
     """Cost of a window per batch of a curvature set, in gradients of one batch."""
-    finding = LANCZOS_PRODUCTS + config.flat * config.flat_dimension
-    certifying = 2 * (config.top + config.flat)  # when it opens and again when it closes
-    return 2.0 * (finding + certifying)
+    # When it opens and again when it closes.
+    certifying = 2 * (config.top + config.interior + config.flat)
+    return 2.0 * (finding_products(config) + certifying)
 
 
 def choose_curvature_batches(config: ProbeConfig, batch_samples: int, planned_steps: float) -> int:
@@ -70,7 +77,7 @@ def choose_window(
 
     As many stiff modes as possible reach :data:`CONFINED_RELAXATION_TIMES`, with a margin, while
     half of the flat directions stay below one relaxation time; the stiff modes win where both
-    cannot be had.
+    cannot be had. Interior modes have no say: they lie in between, where no one length suits all.
 
     Args:
         config: ``window`` where it is a number is the answer, unless the run ends before.

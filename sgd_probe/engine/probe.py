@@ -38,12 +38,12 @@ from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
 from sgd_probe.engine.planning import (
-    LANCZOS_PRODUCTS,
     SELF_TEST_GRADIENTS,
     Schedule,
     WindowPlan,
     choose_curvature_batches,
     choose_window,
+    finding_products,
     gradients_per_batch,
 )
 from sgd_probe.engine.sampling import Sampling
@@ -173,7 +173,7 @@ class ProbeEngine:
     @property
     def expected_products(self) -> int:
         """About how many Hessian-vector products an opening takes before certification."""
-        return LANCZOS_PRODUCTS + self.config.flat * self.config.flat_dimension
+        return finding_products(self.config)
 
     def preflight(self, batch: Any, index: int, step: int) -> tuple[str, ...]:
         """Try the loss once on a batch, and say what is going to happen.
@@ -193,10 +193,11 @@ class ProbeEngine:
         self._window_seconds = self._cost.seconds * self._window_gradients
         retained = self._retain_graphs()
         graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
-        vectors = (self._max_vectors() + config.flat + 3) * self._vector_bytes
+        vectors = (self._max_vectors() + config.interior + config.flat + 3) * self._vector_bytes
         count = self._batches_per_set
+        stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
         lines = [
-            f"{self.space.size:,} weights; {config.top} stiff and {config.flat} near-flat directions from "
+            f"{self.space.size:,} weights; {stiff} and {config.flat} near-flat directions from "
             f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
             f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
             f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
@@ -389,16 +390,18 @@ class ProbeEngine:
         Raises:
             CurvatureError: not even those fit.
         """
-        config, needed = self.config, smallest_basis(self.config.top)
+        config = self.config
+        needed = smallest_basis(config.top) + config.interior
         limit = config.max_basis_bytes
         if limit == "auto":
             free = free_memory(self.space.device)
             limit = free // 2 if free is not None else 2**32
         room = limit // self._vector_bytes
         if room < needed:
+            fewer = "`top` or `interior`" if config.interior else "`top`"
             raise CurvatureError(
                 f"expected memory for {needed} vectors of {self._vector_bytes / 2**20:,.0f} MB, found room "
-                f"for {room}: lower `top`, raise `max_basis_bytes` or choose layers with `params`"
+                f"for {room}: lower {fewer}, raise `max_basis_bytes` or choose layers with `params`"
             )
         return min(room, most_products(config.top))
 
@@ -418,6 +421,7 @@ class ProbeEngine:
                     held_out,
                     top=config.top,
                     flat=config.flat,
+                    interior=config.interior,
                     tolerance=config.tolerance,
                     flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
                     flat_dimension=config.flat_dimension,
@@ -432,8 +436,8 @@ class ProbeEngine:
         curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]
         plan = choose_window(
             config,
-            [c for c, mode in zip(curvatures, basis.modes, strict=True) if not mode.flat],
-            [c for c, mode in zip(curvatures, basis.modes, strict=True) if mode.flat],
+            [c for c, mode in zip(curvatures, basis.modes, strict=True) if mode.kind == "top"],
+            [c for c, mode in zip(curvatures, basis.modes, strict=True) if mode.kind == "flat"],
             optimizer.effective_learning_rate,
             self._schedule.steps_left(step),
         )

@@ -98,9 +98,15 @@ class Measured:
 
 
 def decisive_curvature(mode: Mode, decay: float) -> float:
-    """The curvature that decides a mode's fate, decay included: for a mixed direction not v.Hv."""
+    """The curvature that decides a mode's fate, decay included: for a mixed direction not v.Hv.
+
+    A mixture about an interior level has the sign of that level.
+    """
     certificate = mode.certificate
-    return (certificate.effective_curvature if mode.flat else certificate.eigenvalue) + decay
+    if not mode.mixed:
+        return certificate.eigenvalue + decay
+    falling = mode.kind == "interior" and certificate.eigenvalue < 0
+    return (-certificate.effective_curvature if falling else certificate.effective_curvature) + decay
 
 
 def summarise(measured: Measured) -> WindowResult:
@@ -112,7 +118,7 @@ def summarise(measured: Measured) -> WindowResult:
         evidences = weigh(statistics, measured.optimizer.momentum)
     modes = tuple(_mode(measured, index, evidences[index]) for index in range(len(basis.modes)))
     clock, square = statistics.confinement_clock, statistics.diffusion_clock
-    top = sum(not mode.flat for mode in basis.modes)
+    mixed = sum(mode.mixed for mode in basis.modes)
     return WindowResult(
         index=measured.index,
         opened_at_step=measured.opened_at_step,
@@ -145,7 +151,7 @@ def summarise(measured: Measured) -> WindowResult:
         modes=modes,
         warnings=(*measured.warnings, *_warnings(measured, modes)),
         expected_false_flags=(
-            math.nan if _withheld(measured) else expected_false_flags(top, len(modes) - top)
+            math.nan if _withheld(measured) else expected_false_flags(len(modes) - mixed, mixed)
         ),
     )
 
@@ -184,7 +190,7 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
             per_time = scaled(diffusion, steps / statistics.confinement_clock)
     return ModeResult(
         name=mode.name,
-        kind=ModeKind.FLAT if mode.flat else ModeKind.TOP,
+        kind=ModeKind(mode.kind),
         eigenvalue=mode.eigenvalue,
         residual=mode.residual,
         converged=mode.converged,
@@ -315,14 +321,18 @@ def _marks(
 ) -> tuple[str, ...]:
     marks = []
     start = mode.certificate.eigenvalue
-    if not mode.flat and not mode.converged:
-        marks.append(f"not an eigenvector: residual {mode.residual:.1e} of lambda_1")
-    if not mode.flat and math.isfinite(end) and abs(end - start) > CURVATURE_CHANGE * abs(start):
+    if mode.kind != "flat" and not mode.converged:
+        mixture = "a mixture, " if mode.mixed else ""
+        marks.append(f"{mixture}not an eigenvector: residual {mode.residual:.1e} of lambda_1")
+    error = mode.certificate.standard_error
+    if mode.kind == "interior" and abs(start) < _Z95 * error:
+        marks.append(f"its held-out curvature, {start:.2g} ± {error:.1g}, cannot be told from zero")
+    if not mode.mixed and math.isfinite(end) and abs(end - start) > CURVATURE_CHANGE * abs(start):
         marks.append(f"its curvature went from {start:.3g} to {end:.3g} during the window")
     if kurtosis > HEAVY_TAILS and judgement.verdict is not Verdict.NO_NOISE:
         marks.append(f"heavy-tailed noise (kurtosis {kurtosis:.0f}): its interval is too narrow")
     times = curvature * measured.statistics.confinement_clock
-    if mode.flat and judgement.verdict is Verdict.DIFFUSIVE and times >= 1:
+    if mode.mixed and judgement.verdict is Verdict.DIFFUSIVE and times >= 1:
         marks.append(
             f"held-out curvature predicts {times:.1f} relaxation times: diffusive over this window, "
             "perhaps not over longer ones"
@@ -364,16 +374,16 @@ def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
             f"{len(negative)} of the modes have negative curvature "
             f"({min(m.held_out_eigenvalue for m in negative):.3g}): the weights are not near a minimum."
         )
-    changed = [m for m in modes if any("during the window" in mark for mark in m.marks)]
+    stiff = [m for m in modes if m.kind is ModeKind.TOP]
+    changed = [m for m in stiff if any("during the window" in mark for mark in m.marks)]
     if changed:
         warnings.append(
             f"{len(changed)} stiff modes changed their curvature by more than half during the window: the "
             "network still learns fast, and its modes rotate."
         )
     if not withheld:
-        predicted = [m for m in modes if m.kind is ModeKind.TOP]
-        slow = [m for m in predicted if 0 < m.relaxation_times < CONFINED_RELAXATION_TIMES]
-        if slow and len(slow) == len(predicted):
+        slow = [m for m in stiff if 0 < m.relaxation_times < CONFINED_RELAXATION_TIMES]
+        if slow and len(slow) == len(stiff):
             warnings.append(
                 "The window is shorter than any stiff mode needs to show that it is confined "
                 f"({max(m.relaxation_times for m in slow):.1f} relaxation times at most, "

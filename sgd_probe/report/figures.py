@@ -31,10 +31,6 @@ _MAX_TICKS = 8
 _MAX_NAME = 24
 
 _CURVATURE_AXIS = "|curvature| (loss / weight²)"
-_CURVATURE_NOTE = (
-    "Curvature is the held-out |v·Hv| of a top mode (hollow: it is negative) "
-    "and the effective curvature ‖Hv‖²/|v·Hv| of a flat direction"
-)
 
 _Quantity = Callable[[ModeResult], Interval]
 
@@ -81,14 +77,14 @@ def spectrum(result: WindowResult) -> Figure:
     plot = _canvas("direction", _CURVATURE_AXIS, entries=_verdicts(modes) + 1)
     positions = {mode.name: Interval(float(i), math.nan, math.nan) for i, mode in enumerate(modes)}
     plot.add_traces(_by_verdict(modes, lambda mode: positions[mode.name], _curvature))
-    flat = [mode for mode in modes if mode.kind is ModeKind.FLAT]
-    if flat:
+    mixed = [mode for mode in modes if mode.mixed]
+    if mixed:
         plot.add_trace(
             _points(
-                flat,
+                mixed,
                 lambda mode: positions[mode.name],
                 _absolute_eigenvalue,
-                name="|v·Hv|, flat",
+                name="|v·Hv|, mixed" if _has_interior(modes) else "|v·Hv|, flat",
                 marker={
                     "symbol": "line-ew",
                     "size": 13,
@@ -106,8 +102,8 @@ def spectrum(result: WindowResult) -> Figure:
     return Figure(
         "spectrum",
         "Curvature of each direction",
-        f"{_CURVATURE_NOTE}; bars are one standard error over held-out batches, and a bar that runs off "
-        "the lower edge means that zero is within it.",
+        f"{_curvature_note(modes)}; bars are one standard error over held-out batches, and a bar that runs "
+        "off the lower edge means that zero is within it.",
         _with_empty_note(plot, modes),
     )
 
@@ -153,7 +149,8 @@ def noise(result: WindowResult) -> Figure:
         "noise",
         "Gradient noise against curvature",
         "Near a minimum the noise of the minibatch gradient follows the curvature, so that points lie along "
-        f"the dotted line of proportionality (drawn through the median ratio). {_CURVATURE_NOTE}.",
+        "the dotted line of proportionality (drawn through the median ratio). "
+        f"{_curvature_note(result.modes)}.",
         _with_empty_note(plot, result.modes),
     )
 
@@ -288,7 +285,7 @@ def lambda_max(results: Sequence[WindowResult]) -> Figure:
 
 def _curvature(mode: ModeResult) -> Interval:
     """The curvature that decides a mode's motion: positive, in loss / weight²."""
-    if mode.kind is ModeKind.FLAT:
+    if mode.mixed:
         return _bare(mode.effective_curvature)
     return _absolute_eigenvalue(mode)
 
@@ -309,7 +306,7 @@ def _bare(value: float) -> Interval:
 
 
 def _is_negative(mode: ModeResult) -> bool:
-    return mode.kind is ModeKind.TOP and mode.held_out_eigenvalue < 0
+    return mode.kind is not ModeKind.FLAT and mode.held_out_eigenvalue < 0
 
 
 # Traces.
@@ -469,6 +466,22 @@ def _steps_of_colour(colours: Sequence[str]) -> list[tuple[float, str]]:
 # Words and layout.
 
 
+def _curvature_note(modes: Iterable[ModeResult]) -> str:
+    """What "curvature" is in a figure of these modes."""
+    if _has_interior(modes):
+        eigenvectors, mixed = "an eigenvector", "a mixed direction (flat, or interior and not converged)"
+    else:
+        eigenvectors, mixed = "a top mode", "a flat direction"
+    return (
+        f"Curvature is the held-out |v·Hv| of {eigenvectors} (hollow: it is negative) "
+        f"and the effective curvature ‖Hv‖²/|v·Hv| of {mixed}"
+    )
+
+
+def _has_interior(modes: Iterable[ModeResult]) -> bool:
+    return any(mode.kind is ModeKind.INTERIOR for mode in modes)
+
+
 def _summary(mode: ModeResult) -> tuple[str, ...]:
     return (
         f"curvature {plus_minus(mode.held_out_eigenvalue, mode.held_out_standard_error)}",
@@ -498,9 +511,9 @@ def _text(value: str) -> str:
 
 
 def _mode_names(results: Sequence[WindowResult]) -> list[str]:
-    """Mode names of all windows: top ones first, each kind in its order of appearance."""
+    """Mode names of all windows: top ones first, flat ones last, each kind in its order of appearance."""
     modes = [mode for result in results for mode in result.modes]
-    ordered = sorted(modes, key=lambda mode: mode.kind is ModeKind.FLAT)
+    ordered = sorted(modes, key=lambda mode: list(ModeKind).index(mode.kind))
     return list(dict.fromkeys(mode.name for mode in ordered))
 
 

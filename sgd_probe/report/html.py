@@ -174,9 +174,10 @@ def _modes(result: WindowResult) -> str:
         ("D measured", "weight² / step, 95%"),
         ("D predicted", "weight² / step"),
     )
+    interior = any(mode.kind is ModeKind.INTERIOR for mode in result.modes)
     caption = (
-        f"Directions of the window over steps {steps(result)}: the stiffest ones first, then the near-flat "
-        "ones; the line below each says why."
+        f"Directions of the window over steps {steps(result)}: the stiffest ones first, then the "
+        f"{'interior and the ' if interior else ''}near-flat ones; the line below each says why."
     )
     body = "".join(map(_mode_body, result.modes))
     return _section("modes", "Directions in the last window", _table(caption, columns, body, "modes-table"))
@@ -197,10 +198,10 @@ def _mode_body(mode: ModeResult) -> str:
 
 def _mode_row(mode: ModeResult) -> list[str]:
     curvature = plus_minus(mode.held_out_eigenvalue, mode.held_out_standard_error)
-    if mode.kind is ModeKind.FLAT:
+    if mode.mixed:
         curvature = number(mode.effective_curvature) + _small(f"effective; v·Hv {curvature}")
     return [
-        escape(mode.name) + ("" if _is_eigenvector(mode) else _small("not converged")),
+        escape(mode.name) + (_small(reservation) if (reservation := _reservation(mode)) else ""),
         _verdict(mode.verdict) + (_small(mode.detail) if mode.detail else ""),
         curvature,
         number(mode.residual, 2),
@@ -211,9 +212,11 @@ def _mode_row(mode: ModeResult) -> list[str]:
     ]
 
 
-def _is_eigenvector(mode: ModeResult) -> bool:
-    """Flat directions do not claim to be eigenvectors: only a top mode can fail to be one."""
-    return mode.converged or mode.kind is ModeKind.FLAT
+def _reservation(mode: ModeResult) -> str:
+    """Flat directions do not claim to be eigenvectors: only the others can fail to be one."""
+    if mode.converged or mode.kind is ModeKind.FLAT:
+        return ""
+    return "mixed direction" if mode.mixed else "not converged"
 
 
 def _figures(figures: Sequence[Figure]) -> str:

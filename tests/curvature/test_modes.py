@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_top_modes_are_the_dense_eigenpairs(
     values, vectors = values[order], vectors.T[order]
 
     assert basis.converged and basis.message.startswith("converged")
-    tops = [mode for mode in basis.modes if not mode.flat]
+    tops = [mode for mode in basis.modes if mode.kind == "top"]
     found = torch.tensor([mode.eigenvalue for mode in tops], dtype=torch.float64)
     torch.testing.assert_close(found, values[:TOP], rtol=0, atol=1e-3 * float(values[0]))
     gap = float((values[TOP - 1] - values[TOP]).abs() / values[0])
@@ -125,6 +126,85 @@ def test_everything_that_is_said_of_a_mode_is_true(
         assert mode.certificate.standard_error > 0
         assert sum(mode.layer_shares.values()) == pytest.approx(1)
     assert max(abs(mode.certificate.eigenvalue) for mode in basis.modes if mode.flat) < 0.05 * scale
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-2])
+def test_interior_modes_between_the_top_and_the_flat(
+    module: nn.Module,
+    sets: tuple[list[CurvatureBatch], ...],
+    dense: tuple[Tensor, ...],
+    tolerance: float,
+) -> None:
+    """Eigenvectors of the dense Hessian where they are called so, and what is said of them elsewhere."""
+    basis = search(module, sets, interior=7, top=4, tolerance=tolerance)
+    rows, scale = basis.vectors.double(), abs(basis.lambda_max)
+    kinds = [mode.kind for mode in basis.modes]
+    between = range(4, len(kinds) - FLAT)
+    assert kinds == ["top"] * 4 + ["interior"] * len(between) + ["flat"] * FLAT
+    assert [basis.modes[i].name for i in between] == [f"interior_{i:02d}" for i in range(1, len(between) + 1)]
+    sizes = [abs(mode.eigenvalue) for mode in basis.modes[:-FLAT]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert_orthonormal(rows, 1e-5)
+    values = torch.linalg.eigvalsh(dense[0])
+    for mode, v in zip(basis.modes, rows, strict=True):
+        if mode.kind != "interior":
+            assert mode.mixed == mode.flat
+            continue
+        image = dense[0] @ v
+        residual = float((image - mode.eigenvalue * v).norm())
+        assert mode.eigenvalue == pytest.approx(float(v @ image), abs=1e-5 * scale)
+        assert mode.residual * scale / 1.5 < residual < mode.residual * scale * 1.5
+        own = residual / abs(mode.eigenvalue)
+        assert mode.converged == (mode.residual <= tolerance and own <= 0.1)
+        assert mode.mixed == (not mode.converged) == (mode.quadrature is not None)
+        if mode.converged:
+            assert float((values - mode.eigenvalue).abs().min()) <= residual
+            assert float(effective_curvature(v[None], dense[0])) == pytest.approx(
+                abs(mode.eigenvalue), rel=0.011
+            )
+        assert mode.certificate.eigenvalue == pytest.approx(float(v @ dense[1] @ v), abs=1e-5 * scale)
+        assert mode.certificate.standard_error > 0
+    assert {basis.modes[i].mixed for i in between} == {True, False}
+
+
+def test_interior_modes_change_nothing_about_the_top_ones(
+    module: nn.Module, sets: tuple[list[CurvatureBatch], ...]
+) -> None:
+    seen: list[int] = []
+    without, some = search(module, sets), search(module, sets, seen, interior=4)
+    assert torch.equal(without.vectors[:TOP], some.vectors[:TOP])
+    assert without.modes[:TOP] == some.modes[:TOP]
+    assert some.split_half_overlap == without.split_half_overlap
+    assert some.products - without.products == 2 + 4
+    assert seen[-1] == some.products - (TOP + 4 + FLAT)
+
+
+def test_interior_modes_under_a_memory_bound(
+    module: nn.Module, sets: tuple[list[CurvatureBatch], ...]
+) -> None:
+    """Vectors that the flat directions leave no room for are forgotten, but not those that were taken."""
+    basis = search(module, sets, interior=4, max_vectors=TOP + 10)
+    assert [mode.kind for mode in basis.modes] == ["top"] * TOP + ["interior"] * 4 + ["flat"] * FLAT
+    assert_orthonormal(basis.vectors, 1e-5)
+
+
+def test_more_interior_modes_than_the_search_leaves(
+    module: nn.Module, sets: tuple[list[CurvatureBatch], ...]
+) -> None:
+    basis = search(module, sets, interior=500)
+    found = sum(mode.kind == "interior" for mode in basis.modes)
+    assert 5 < found < 60
+    assert len(basis.vectors) == TOP + found + FLAT
+    assert_orthonormal(basis.vectors, 1e-5)
+
+
+def test_noise_weighted_curvature_of_interior_modes(
+    module: nn.Module, digits: list[tuple[Tensor, Tensor]]
+) -> None:
+    sets = freeze(digits[0:16:2]), freeze(digits[1:16:2])
+    basis = search(module, sets, interior=3)
+    for mode in basis.modes:
+        assert math.isnan(mode.certificate.noise_weighted_curvature) == (mode.kind == "top")
 
 
 def test_flat_modes_are_flatter_than_anything_random(

@@ -15,6 +15,7 @@ from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 BAD: dict[str, tuple[Any, ...]] = {
     "top": (0, -1, 2.0, True, "10", None),
     "flat": (-1, 1.5, False, None),
+    "interior": (-1, 1.5, True, None, "auto"),
     "window": (MIN_WINDOW - 1, 0, 100.0, True, "long", None),
     "max_overhead": (0, 0.0, 1, 1.5, -0.1, math.nan, math.inf, True, "5%"),
     "every_n_steps": (0, -5, 100.0, True, "auto"),
@@ -34,6 +35,7 @@ BAD: dict[str, tuple[Any, ...]] = {
 GOOD: dict[str, tuple[Any, ...]] = {
     "top": (1, 100),
     "flat": (0, 20),
+    "interior": (0, 3, 50),
     "window": ("auto", MIN_WINDOW, 10_000),
     "max_overhead": (1e-6, 0.999),
     "every_n_steps": (None, MIN_WINDOW, 10_000),

@@ -18,6 +18,7 @@ from sgd_probe.engine.planning import (
     Schedule,
     choose_curvature_batches,
     choose_window,
+    finding_products,
     gradients_per_batch,
 )
 
@@ -91,6 +92,12 @@ class TestCurvatureBatches:
     def test_windows_cost_more_with_more_modes(self) -> None:
         costs = [gradients_per_batch(ProbeConfig(top=t, flat=f)) for t, f in ((5, 0), (10, 0), (10, 4))]
         assert 0 < costs[0] < costs[1] < costs[2]
+
+    def test_interior_modes_cost_their_certificates_and_two_products_together(self) -> None:
+        found = [finding_products(ProbeConfig(interior=count)) for count in (0, 1, 5)]
+        assert [count - found[0] for count in found] == [0, 2, 2]
+        costs = [gradients_per_batch(ProbeConfig(interior=count)) for count in (0, 1, 5)]
+        assert [cost - costs[0] for cost in costs] == [0, 2 * (2 + 2), 2 * (2 + 5 * 2)]
 
 
 class Clock:

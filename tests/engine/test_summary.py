@@ -57,7 +57,7 @@ def measured() -> Measured:
     basis = kept[0].basis
     modes = (
         *basis.modes[:2],
-        *(dataclasses.replace(m, name=f"flat_{i}", flat=True) for i, m in enumerate(basis.modes[2:], 1)),
+        *(dataclasses.replace(m, name=f"flat_{i}", kind="flat") for i, m in enumerate(basis.modes[2:], 1)),
     )
     return dataclasses.replace(kept[0], basis=dataclasses.replace(basis, modes=modes))
 
@@ -191,6 +191,57 @@ class TestNoNoise:
         result = summarise(dataclasses.replace(measured, random_noise=math.nan))
         assert result.modes[0].verdict is Verdict.CONFINED
         assert math.isnan(result.modes[0].noise_share)
+
+
+class TestInterior:
+    """The third and fourth mode taken for interior ones."""
+
+    @staticmethod
+    def interior(measured: Measured, converged: bool, **certificate: Any) -> Measured:
+        changed = with_modes(measured, 2, 3, **certificate)
+        modes = tuple(
+            dataclasses.replace(m, kind="interior", converged=converged, residual=0.2) if i > 1 else m
+            for i, m in enumerate(changed.basis.modes)
+        )
+        return dataclasses.replace(changed, basis=dataclasses.replace(changed.basis, modes=modes))
+
+    def test_an_eigenvector_goes_by_its_eigenvalue(self, measured: Measured) -> None:
+        result = summarise(self.interior(measured, True, eigenvalue=0.5, effective_curvature=2.0))
+        for mode in result.modes[2:]:
+            assert mode.kind is ModeKind.INTERIOR and not mode.mixed and mode.converged
+            assert mode.relaxation_times == pytest.approx(0.5 * 0.05 * STEPS)
+            assert not any("eigenvector" in mark for mark in mode.marks)
+        assert result.expected_false_flags == pytest.approx(4 * 0.02)
+
+    def test_a_mixture_goes_by_its_effective_curvature(self, measured: Measured) -> None:
+        result = summarise(self.interior(measured, False, eigenvalue=0.5, effective_curvature=2.0))
+        for mode in result.modes[2:]:
+            assert mode.mixed
+            assert mode.relaxation_times == pytest.approx(2.0 * 0.05 * STEPS)
+            assert "a mixture, not an eigenvector: residual 2.0e-01 of lambda_1" in mode.marks
+        assert result.expected_false_flags == pytest.approx(2 * 0.02 + 2 * 0.05)
+
+    def test_a_mixture_about_negative_curvature_is_not_predicted_to_be_confined(
+        self, measured: Measured
+    ) -> None:
+        result = summarise(self.interior(measured, False, eigenvalue=-0.5, effective_curvature=2.0))
+        for mode in result.modes[2:]:
+            assert mode.relaxation_times == pytest.approx(-2.0 * 0.05 * STEPS)
+            assert mode.predicted_diffusion > mode.free_diffusion
+
+    @pytest.mark.parametrize("converged", [True, False])
+    def test_a_sign_that_the_samples_do_not_settle(self, measured: Measured, converged: bool) -> None:
+        doubtful = summarise(self.interior(measured, converged, eigenvalue=-0.5, standard_error=0.3))
+        settled = summarise(self.interior(measured, converged, eigenvalue=-0.5, standard_error=0.2))
+        expected = "its held-out curvature, -0.5 ± 0.3, cannot be told from zero"
+        assert [expected in mode.marks for mode in doubtful.modes] == [False, False, True, True]
+        assert not any("told from zero" in mark for mode in settled.modes for mark in mode.marks)
+
+    def test_only_stiff_modes_are_said_to_rotate(self, measured: Measured) -> None:
+        window = self.interior(measured, True, eigenvalue=0.5)
+        result = summarise(dataclasses.replace(window, end_eigenvalues=(8.0, 4.0, 0.1, 0.5)))
+        assert any("during the window" in mark for mark in result.modes[2].marks)
+        assert not any("modes rotate" in warning for warning in result.warnings)
 
 
 class TestMarks:

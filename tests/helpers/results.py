@@ -47,7 +47,7 @@ def make_mode(
 ) -> ModeResult:
     """One mode of a plain SGD run near a minimum; ``changes`` replace any field."""
     rng = np.random.default_rng(seed)
-    kind = ModeKind.FLAT if name.startswith("flat") else ModeKind.TOP
+    kind = next((kind for kind in ModeKind if name.startswith(kind)), ModeKind.TOP)
     curvature = abs(eigenvalue) * (3.0 if kind is ModeKind.FLAT else 1.0)
     noise = NOISE_PER_CURVATURE * curvature * rng.lognormal(0.0, 0.3)
     lag = 100 if kind is ModeKind.FLAT else 10
@@ -58,7 +58,7 @@ def make_mode(
         kind=kind,
         eigenvalue=eigenvalue * 1.3,
         residual=float(rng.lognormal(-5.5, 0.8)),
-        converged=kind is ModeKind.TOP,
+        converged=kind is not ModeKind.FLAT,
         held_out_eigenvalue=eigenvalue,
         held_out_standard_error=abs(eigenvalue) * (0.8 if kind is ModeKind.FLAT else 0.06),
         effective_curvature=curvature,

@@ -120,6 +120,20 @@ def test_spectrum_shows_held_out_values_flat_ones_by_effective_curvature_and_neg
     assert drawn["|v·Hv|, flat"]["y"] == [0.01]
 
 
+def test_spectrum_tells_converged_interior_directions_from_mixed_ones() -> None:
+    top = make_mode("top_01", eigenvalue=8.0)
+    converged = make_mode("interior_01", eigenvalue=2.0, effective_curvature=2.01)
+    mixed = make_mode("interior_02", eigenvalue=-0.3, effective_curvature=0.5, converged=False)
+    flat = make_mode("flat_01", eigenvalue=0.01, effective_curvature=0.04)
+    figure = spectrum(make_window(modes=(top, converged, mixed, flat)))
+    drawn = traces(figure)
+    assert drawn["confined"]["y"] == [8.0, 2.0, 0.5, 0.04]
+    assert drawn["confined"]["marker"]["symbol"] == ["circle", "circle", "circle-open", "circle"]
+    assert drawn["|v·Hv|, mixed"]["y"] == [0.3, 0.01]
+    assert "an eigenvector" in figure.how_to_read and "interior and not converged" in figure.how_to_read
+    assert "interior" not in spectrum(make_window()).how_to_read
+
+
 def test_displacement_shows_one_direction_per_verdict_and_leaves_the_others_to_the_legend() -> None:
     window = make_window()
     data = json.loads(displacement(window).plot.to_json())["data"]
@@ -179,6 +193,13 @@ def test_timeline_has_a_row_per_name_a_column_per_window_and_gaps_where_a_mode_i
     )
     assert drawn["layout"]["yaxis"]["ticktext"] == ["top_01", "top_02", "flat_01"]
     assert grid["z"] == [[confined, undetermined], [None, confined], [diffusive, None]]
+
+
+def test_timeline_lists_the_kinds_in_their_order() -> None:
+    first = make_window(0, modes=(make_mode("top_01"), make_mode("flat_01")))
+    second = make_window(1, modes=tuple(map(make_mode, ("top_01", "top_02", "interior_01", "flat_01"))))
+    drawn = json.loads(verdict_timeline([first, second]).plot.to_json())
+    assert drawn["layout"]["yaxis"]["ticktext"] == ["top_01", "top_02", "interior_01", "flat_01"]
 
 
 def test_largest_curvature_is_drawn_as_found_and_as_held_out() -> None:

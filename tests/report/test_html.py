@@ -102,6 +102,30 @@ def test_page_tells_the_verdicts_the_numbers_the_cost_and_the_plan(tmp_path: Pat
     assert "−1.90\u00a0±\u00a00.11" in page.text
 
 
+def test_an_interior_direction_is_an_eigenvector_or_a_mixed_direction(tmp_path: Path) -> None:
+    modes = (
+        make_mode("top_01", converged=False),
+        make_mode("interior_01", eigenvalue=2.0),
+        make_mode("interior_02", eigenvalue=0.3, effective_curvature=0.512, converged=False),
+        make_mode("flat_01", eigenvalue=0.01),
+    )
+    text = Page(build_report(write_run_folder(tmp_path, [make_window(modes=modes)]))).text
+    assert "the stiffest ones first, then the interior and the near-flat ones" in text
+    top, first, second, flat = (
+        text[text.index(start) : text.index(end)]
+        for start, end in (
+            ("top_01", "interior_01"),
+            ("interior_01", "interior_02"),
+            ("interior_02", "flat_01"),
+            ("flat_01", "How to read it"),
+        )
+    )
+    assert "not converged" in top and "effective;" not in top
+    assert not any(word in first for word in ("not converged", "mixed direction", "effective;"))
+    assert "mixed direction" in second and "0.512" in second and "effective; v·Hv 0.300" in second
+    assert "mixed direction" not in flat and "effective;" in flat
+
+
 def test_markup_can_be_read_aloud_and_reached_by_keyboard(tmp_path: Path) -> None:
     page = Page(build_report(write_run_folder(tmp_path, [make_window()])))
     assert page.all("html") == [{"lang": "en"}]
