@@ -128,7 +128,8 @@ class FiniteDifferenceOperator(HessianOperator):
     def _step(self, vector: Tensor, relative: float) -> float:
         """Length of a step in units of the vector; weights that are all zero count as one long."""
         weights = sum(float(p.detach().double().square().sum()) for p in self.space.parameters) ** 0.5
-        return relative * (weights or 1.0) / (norm(vector) or 1.0)
+        change = norm(vector if self.space.scaling is None else vector * self.space.scaling)
+        return relative * (weights or 1.0) / (change or 1.0)
 
     def _gradient(self, batch: CurvatureBatch, shift: Tensor | None) -> Tensor:
         pieces = None if shift is None else self.space.split(shift)

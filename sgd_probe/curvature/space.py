@@ -1,4 +1,9 @@
-"""The space that the probe works in: chosen parameters, laid out as one flat vector."""
+"""The space that the probe works in: chosen parameters, laid out as one flat vector.
+
+A diagonal scaling S makes it the space of ``y = S^-1 theta``. An optimizer that moves every weight at a
+rate of its own, ``theta' = theta - eta P g``, takes plain steps there with ``S = P^1/2``: there the
+gradient is ``S g`` and the Hessian ``S H S``, whose modes, not those of H, are the ones that it moves along.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +32,13 @@ class ParameterSpace:
         names: parameter names as the module spells them.
         parameters: the live parameters, never written to.
         slices: where each parameter lies in a vector of length :attr:`size`.
+        scaling: the diagonal of S, positive, shape (size,); None is the identity.
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     slices: tuple[slice, ...]
+    scaling: Tensor | None = None
 
     @classmethod
     def of(
@@ -94,17 +101,44 @@ class ParameterSpace:
     def cast(self, dtype: torch.dtype) -> ParameterSpace:
         """The same space in another precision; its parameters are copies."""
         copies = (nn.Parameter(p.detach().to(dtype, copy=True)) for p in self.parameters)
-        return dataclasses.replace(self, parameters=tuple(copies))
+        scaling = None if self.scaling is None else self.scaling.to(dtype)
+        return dataclasses.replace(self, parameters=tuple(copies), scaling=scaling)
+
+    def scaled(self, scales: Sequence[Tensor | float]) -> ParameterSpace:
+        """The same parameters in the coordinates ``y = S^-1 theta``.
+
+        Args:
+            scales: the diagonal of S at each parameter: of its shape, or one number for all of it.
+
+        Raises:
+            ValueError: a scale is not positive and finite, or has another shape than its parameter.
+        """
+        if len(scales) != len(self.parameters):
+            raise ValueError(
+                f"expected one scale for each of {len(self.parameters)} parameters, found {len(scales)}"
+            )
+        pieces = []
+        for name, parameter, scale in zip(self.names, self.parameters, scales, strict=True):
+            piece = torch.as_tensor(scale, dtype=self.dtype, device=self.device).detach()
+            shape = tuple(parameter.shape)
+            if piece.ndim and tuple(piece.shape) != shape:
+                raise ValueError(f"expected a scale of shape {shape} for {name}, found {tuple(piece.shape)}")
+            if not bool(((piece > 0) & piece.isfinite()).all()):
+                raise ValueError(f"expected positive, finite scales for {name}, found others")
+            pieces.append(piece.expand(shape).reshape(-1))
+        return dataclasses.replace(self, scaling=torch.cat(pieces))
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """View a flat vector of shape (size,) as one tensor per parameter, in its shape."""
+        """The change of each parameter, in its shape, along a vector of shape (size,): a view, or scaled."""
+        if self.scaling is not None:
+            vector = vector * self.scaling
         return [
             vector[where].view(parameter.shape)
             for where, parameter in zip(self.slices, self.parameters, strict=True)
         ]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Lay one tensor per parameter out as a flat vector of shape (size,); None reads as zeros."""
+        """Lay gradients, one tensor per parameter, out as a vector of shape (size,); None reads as zeros."""
         pieces = []
         for parameter, tensor in zip(self.parameters, tensors, strict=True):
             if tensor is None:
@@ -112,7 +146,8 @@ class ParameterSpace:
             else:
                 dense = tensor.to_dense() if tensor.is_sparse else tensor
                 pieces.append(dense.detach().reshape(-1).to(self.dtype))
-        return torch.cat(pieces)
+        flat = torch.cat(pieces)
+        return flat if self.scaling is None else flat.mul_(self.scaling)
 
     def layer_shares(self, vector: Tensor, most: int = 8) -> Mapping[str, float]:
         """Share of each parameter in the squared length of a vector, the largest ``most`` of them."""
