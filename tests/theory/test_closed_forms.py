@@ -258,7 +258,7 @@ def test_free_diffusion_with_momentum() -> None:
 )
 def test_impossible_dynamics_are_refused(arguments: tuple[float, ...], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        SGDDynamics(*arguments)
+        SGDDynamics(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("eigenvalue", [-0.05, -1e-9, 0.0, 1e-9, 0.003, 0.4, 10.0, 15.0])
