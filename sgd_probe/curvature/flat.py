@@ -8,10 +8,13 @@ eigenvectors carries most of the motion, and v.Hv does not see it.
 Each direction is taken from a small Krylov space of its own, outside all vectors that the eigensolver
 has left behind: those are free, and hold the stiff part that a random start would bring along. In it
 the direction maximises ``v.Hv - ||Hv||^2 / c``. Where that is positive, the effective curvature is
-below c, and among such directions this one has nearly the most noise (proportional to v.Hv): it diffuses
-visibly. Where c cannot be reached, the direction of smallest effective curvature is taken, a harmonic
-Ritz vector. The vector of smallest ``||Hv||``, the obvious choice, has less noise by one to two orders of
-magnitude and no lower effective curvature on other samples.
+below c, and among such directions this one has nearly the most noise (proportional to v.Hv). Where c
+cannot be reached, the direction of smallest effective curvature is taken, a harmonic Ritz vector.
+
+On other samples a direction is less flat than on those that found it, up to four times, so c is set
+below what is wanted (:data:`FINDING_SHARE`). Less still would make it flatter, and silent: the vector of
+smallest ``||Hv||``, the obvious choice, can have a few hundredths of a random direction's noise, too
+little to be seen to diffuse. docs/settling.md has the figures, and those of what else was tried.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from torch import Tensor
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LinearOperator
 from sgd_probe.curvature.linear_algebra import norm, random_unit
+
+#: Effective curvature aimed at on the finding samples, as a share of what is wanted on others. There it is
+#: larger: with 1,024 samples hardly so in general, four times where a few samples carry most of it.
+FINDING_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ def flat_directions(
         operator: symmetric.
         count: number of directions.
         outside: orthonormal vectors to stay away from; the directions found are appended to it.
-        curvature: effective curvature aimed at, positive.
+        curvature: effective curvature wanted on other samples, positive; on the operator's own a
+            direction aims at :data:`FINDING_SHARE` of it.
         dimension: Krylov dimension, the products spent on each direction.
         generator: source of random vectors (CPU).
         on_product: called with the number of products so far, for progress.
@@ -94,7 +102,7 @@ def flat_directions(
                 on_product(products)
             if not going_on:
                 break
-        direction = space.choose(curvature)
+        direction = space.choose(FINDING_SHARE * curvature)
         outside.append(direction.vector)
         found.append(direction)
     return FlatResult(
@@ -154,7 +162,7 @@ class _OwnSpace:
         projected = projected + projected.triu(1).T
         image = torch.cat([inside, outside])
         squared = image.T @ image
-        weights = _noisiest(projected, squared, curvature)
+        weights = noisiest(projected, squared, curvature)
         vector = self._basis.combine(weights)
         self._outside.orthogonalise(vector)
         values, vectors = torch.linalg.eigh(projected)
@@ -166,8 +174,17 @@ class _OwnSpace:
         )
 
 
-def _noisiest(projected: Tensor, squared: Tensor, curvature: float) -> Tensor:
-    """Unit coefficients y that maximise ``y.Ty - y.Sy / c``, or ``y.Ty / y.Sy`` if that is negative."""
+def noisiest(projected: Tensor, squared: Tensor, curvature: float) -> Tensor:
+    """Unit coefficients y that maximise ``y.Ty - y.Sy / c``, or ``y.Ty / y.Sy`` if that is negative.
+
+    Args:
+        projected: T, the operator within an orthonormal basis: float64, shape (m, m).
+        squared: S, the inner products of the operator's images of that basis: float64, shape (m, m).
+        curvature: c, positive.
+
+    Returns:
+        Shape (m,).
+    """
     values, vectors = torch.linalg.eigh(projected - squared / curvature)
     noisiest: Tensor = vectors[:, -1]
     if float(values[-1]) > 0:

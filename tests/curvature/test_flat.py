@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sgd_probe.curvature.flat import FlatResult, flat_directions
+from sgd_probe.curvature.flat import FINDING_SHARE, FlatResult, flat_directions
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.linear_algebra import orthogonality
 from tests.helpers.dense import Symmetric, assert_orthonormal, network_spectrum
@@ -102,7 +102,7 @@ def test_the_noisiest_direction_below_a_curvature(curvature: float) -> None:
     """The maximiser of v.Hv - ||Hv||^2 / c in its space, so flatter than c where that is positive."""
     operator = Symmetric.of(network_spectrum(300))
     top = operator.eigenpairs()[1][:10]
-    result = find(operator, 1, top, curvature=curvature, dimension=12, seed=2)
+    result = find(operator, 1, top, curvature=curvature / FINDING_SHARE, dimension=12, seed=2)
     space = krylov_space(operator, top, 12, seed=2)
     projected = space.T @ operator.matrix @ space
     image = operator.matrix @ space
@@ -113,6 +113,20 @@ def test_the_noisiest_direction_below_a_curvature(curvature: float) -> None:
     assert 0 < float(effective(result)[0]) < curvature
     flattest = find(operator, 1, top, dimension=12, seed=2)
     assert float(result.rayleigh_quotients[0]) > float(flattest.rayleigh_quotients[0])
+
+
+def test_as_flat_as_wanted_where_it_had_no_part_in_being_found() -> None:
+    """Hessians of 1,500 samples, Gauss-Newton without the network: found on each, judged on the truth."""
+    spectrum = torch.cat([torch.logspace(0, -1, 10), torch.logspace(-1.5, -5, 290)]).double()
+    wanted = 0.01
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(1500, 300, generator=generator, dtype=torch.float64) * spectrum.sqrt()
+        operator = Symmetric(drawn.T @ drawn / len(drawn))
+        result = find(operator, 4, operator.eigenpairs()[1][:40], curvature=wanted, seed=seed)
+        true = (result.vectors.square() @ spectrum.square()) / (result.vectors.square() @ spectrum)
+        assert float(effective(result).max()) < FINDING_SHARE * wanted
+        assert float(effective(result).median()) < float(true.median()) < wanted
 
 
 def test_far_flatter_than_random_directions() -> None:
@@ -137,7 +151,7 @@ def test_more_products_make_flatter_directions() -> None:
 def test_the_quadrature_is_what_the_direction_is_a_mixture_of() -> None:
     operator = Symmetric.of(network_spectrum(300))
     top = operator.eigenpairs()[1][:10]
-    result = find(operator, 3, top, curvature=0.1)
+    result = find(operator, 3, top, curvature=0.3)
     for quotient, quadrature in zip(result.rayleigh_quotients, result.quadratures, strict=True):
         assert float(quadrature.weights.sum()) == pytest.approx(1.0)
         assert float(quadrature.weights @ quadrature.nodes) == pytest.approx(float(quotient), rel=1e-6)
@@ -196,7 +210,7 @@ def test_long_vectors_without_top_modes() -> None:
             return vector * torch.linspace(0, 1, self.size)
 
     result = flat_directions(Long(), 2, basis_of(torch.empty(0, Long.size)), 0.1, dimension=5)
-    assert_orthonormal(result.vectors, 1e-5)
+    assert_orthonormal(result.vectors, 5e-5)  # sums over long pieces in float32
 
 
 def test_orthogonality() -> None:
