@@ -6,6 +6,7 @@ direction looks several times flatter than it is. Disjoint batches tell the trut
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ class Certificate:
         effective_curvature: ``||Hv||^2 / |v.Hv|``, with which a mixed direction moves where the noise
             follows the curvature; at least |v.Hv|, by Cauchy and Schwarz.
         noise_weighted_curvature: ``Cov(v.g_B, (Hv).g_B) / Var(v.g_B)`` over the batches' gradients at
-            fixed weights: the same without that assumption. NaN below :data:`MIN_BATCHES` batches.
+            fixed weights: the same without that assumption, Hv from the other batches each time. NaN
+            below :data:`MIN_BATCHES` batches.
         noise_weighted_error: its standard error, by the jackknife.
     """
 
@@ -70,14 +72,13 @@ def certify(operator: HessianOperator, vectors: Tensor, top: int = 0) -> Certifi
         top: how many of the first rows span the top subspace; for its overlap, and for the noise of the
             others, their images are held meanwhile.
     """
-    images: list[_Images] = [_images(operator, vector) for vector in vectors]
+    enough = len(operator.batches) >= MIN_BATCHES
+    images = [_images(operator, v, enough and index >= top) for index, v in enumerate(vectors)]
     several = len(operator.batches) > 1
     overlap = _overlap([i.halves for i in images[:top]]) if several and top else math.nan
     weighted = [(math.nan, math.nan)] * len(vectors)
-    if len(operator.batches) >= MIN_BATCHES:
-        weighted[top:] = _noise_weighted(
-            operator, vectors[top:], [i.halves[0] + i.halves[1] for i in images[top:]]
-        )
+    if enough:
+        weighted[top:] = _noise_weighted(operator, images[top:])
     certificates = tuple(_certificate(i, *w) for i, w in zip(images, weighted, strict=True))
     return Certification(certificates, overlap)
 
@@ -89,26 +90,42 @@ def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float
 
 @dataclass(frozen=True)
 class _Images:
-    """H_B v over the batches: what is needed of them one by one, and their sums over two halves."""
+    """H_B v over the batches: what is needed of them one by one, and their sums over two halves.
+
+    Attributes:
+        weights: of the batches.
+        quotients: v.H_B v.
+        own_square: sum of the squared weights times ``||H_B v||^2``.
+        halves: weighted sums of H_B v over every other batch.
+        noise: v.g_B, empty where gradients were not asked for.
+        own_pull: (H_B v).g_B likewise.
+    """
 
     weights: list[float]
     quotients: list[float]
     own_square: float
     halves: tuple[Tensor, Tensor]
+    noise: list[float]
+    own_pull: list[float]
 
 
-def _images(operator: HessianOperator, vector: Tensor) -> _Images:
-    weights: list[float] = []
-    quotients: list[float] = []
-    own = 0.0
-    halves = (torch.zeros_like(vector), torch.zeros_like(vector))
+def _images(operator: HessianOperator, vector: Tensor, with_gradients: bool) -> _Images:
+    images = _Images([], [], 0.0, (torch.zeros_like(vector), torch.zeros_like(vector)), [], [])
+    own_square = 0.0
+    gradients = operator.gradients() if with_gradients else None
     for index, (weight, product) in enumerate(operator.matvec_per_batch(vector)):
-        along, square = inner(torch.stack([vector, product]), product).tolist()
-        weights.append(weight)
-        quotients.append(along)
-        own += weight**2 * square
-        halves[index % 2].add_(product, alpha=weight)
-    return _Images(weights, quotients, own, halves)
+        pair = torch.stack([vector, product])
+        along, square = inner(pair, product).tolist()
+        images.weights.append(weight)
+        images.quotients.append(along)
+        own_square += weight**2 * square
+        images.halves[index % 2].add_(product, alpha=weight)
+        if gradients is not None:
+            _, gradient = next(gradients)
+            noise, pull = inner(pair, gradient).tolist()
+            images.noise.append(noise)
+            images.own_pull.append(pull)
+    return dataclasses.replace(images, own_square=own_square)
 
 
 def _certificate(images: _Images, weighted: float, weighted_error: float) -> Certificate:
@@ -133,16 +150,23 @@ def _certificate(images: _Images, weighted: float, weighted_error: float) -> Cer
     return Certificate(eigenvalue, standard_error, variance, square, effective, weighted, weighted_error)
 
 
-def _noise_weighted(
-    operator: HessianOperator, vectors: Tensor, images: list[Tensor]
-) -> list[tuple[float, float]]:
-    """Slope of (Hv).g on v.g over the batches' gradients, and its jackknife error, per direction."""
+def _noise_weighted(operator: HessianOperator, images: list[_Images]) -> list[tuple[float, float]]:
+    """Slope of (Hv).g on v.g over the batches' gradients, and its jackknife error, per direction.
+
+    A batch with large errors has both a large gradient and a large Hessian: its own H_B is taken out of
+    the H that its gradient meets.
+    """
     if not images:
         return []
-    pairs = torch.cat([vectors, torch.stack(images)])
-    drawn = torch.stack([inner(pairs, gradient).cpu() for _, gradient in operator.gradients()])
-    noise, pull = drawn.T.chunk(2)
-    return [_jackknifed(x, y) for x, y in zip(noise, pull, strict=True)]
+    totals = torch.stack([i.halves[0] + i.halves[1] for i in images])
+    pulls = torch.stack([inner(totals, gradient).cpu() for _, gradient in operator.gradients()]).T
+    weights = torch.tensor(images[0].weights, dtype=torch.float64)
+    found = []
+    for image, pull in zip(images, pulls, strict=True):
+        own = torch.tensor(image.own_pull, dtype=torch.float64)
+        noise = torch.tensor(image.noise, dtype=torch.float64)
+        found.append(_jackknifed(noise, (pull - weights * own) / (1 - weights)))
+    return found
 
 
 def _jackknifed(noise: Tensor, pull: Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 #: Products are summed in the vectors' own precision over pieces of this length, then in float64. A CPU
 #: adds one by one, so that its error grows with the length; a device adds in trees and needs few calls.
-CHUNK = 65_536
+CHUNK = 16_384
 DEVICE_CHUNK = 1_048_576
 
 
@@ -50,7 +50,7 @@ def gram(rows: Tensor) -> Tensor:
 
 def norm(vector: Tensor) -> float:
     """Euclidean norm, accumulated in float64."""
-    return float(inner(vector.unsqueeze(0), vector).sqrt())
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 
 def orthogonalise(vector: Tensor, rows: Tensor, coefficients: Tensor | None = None) -> None:

@@ -192,6 +192,21 @@ def test_the_noise_weighted_curvature_needs_no_assumption() -> None:
     assert math.isnan(certify(few, vector[None]).certificates[0].noise_weighted_curvature)
 
 
+def test_a_batch_does_not_meet_its_own_hessian() -> None:
+    """With few samples for many weights, the pull of a batch on itself would double the curvature."""
+    spectrum = torch.cat([torch.tensor([1.0]), torch.full((39,), 0.1)]).double()
+    vector = torch.eye(40, dtype=torch.float64)[7]
+    found = []
+    for seed in range(120):
+        operator, _ = least_squares(12, 4, spectrum, seed)
+        (certificate,) = certify(operator, vector[None]).certificates
+        found.append(certificate.noise_weighted_curvature)
+    values = torch.tensor(found, dtype=torch.float64)
+    error = float(values.std()) / len(found) ** 0.5
+    assert error < 0.015
+    assert abs(float(values.mean()) - 0.1) < 4 * error  # its own share would be trace / samples = 0.1
+
+
 def test_the_split_half_overlap_says_whether_the_samples_settle_the_subspace() -> None:
     spectrum = torch.cat([torch.tensor([50.0, 30.0]), torch.full((60,), 0.5)]).double()
     top = torch.eye(62, dtype=torch.float64)[:2]
