@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ class FiniteDifferenceOperator(HessianOperator):
     """Hessian-vector products as central differences of the loss gradient, at two steps that must agree.
 
     Four gradients a product (eight at most) and the memory of one; no graph of the gradient is built.
-    Nothing chooses it in place of :class:`HessianOperator`: whoever wants it says so. Call it inside
+    Nothing chooses it in place of :class:`HessianOperator`: whoever wants it says so
+    (``ProbeConfig.second_derivatives``). Call it inside
     :func:`sgd_probe.isolation.isolated`.
 
     A unit whose input changes sign within the step spoils the difference. Measured in float64: right to
@@ -36,13 +37,14 @@ class FiniteDifferenceOperator(HessianOperator):
         space: the probed parameters.
         dtype: work on copies of weights, buffers and batches in this precision; None takes them as they
             are.
+        microbatch: most samples of a graph, as for :class:`HessianOperator`.
         relative_step: length of the first step over that of the weights; default: the square root of the
             precision, or in float32 its cube root. Each further step is a quarter of the one before.
         tolerance: largest difference of the two products, over the length of the product (or what rounding
             the gradients makes of a product that is nearly zero); default: 1e-4, or in float32 1e-2.
 
     Attributes:
-        disagreement: that difference at the last product, the largest over the batches.
+        disagreement: the largest such difference so far.
 
     Raises:
         CurvatureError: in :meth:`matvec`, where the two products do not agree, and what
@@ -57,32 +59,15 @@ class FiniteDifferenceOperator(HessianOperator):
         space: ParameterSpace,
         *,
         dtype: torch.dtype | None = None,
+        microbatch: int | None = None,
         relative_step: float | None = None,
         tolerance: float | None = None,
     ) -> None:
-        super().__init__(module, loss, batches, space, retain_graph=False, dtype=dtype)
+        super().__init__(module, loss, batches, space, retain_graph=False, dtype=dtype, microbatch=microbatch)
         precision, double = torch.finfo(self.space.dtype).eps, self.space.dtype is torch.float64
         self.relative_step = relative_step or precision ** (1 / 2 if double else 1 / 3)
         self.tolerance = tolerance or (1e-4 if double else 1e-2)
         self.disagreement = 0.0
-
-    def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """Weight and product of every batch in turn; the weights add up to one.
-
-        Raises:
-            CurvatureError: the two steps do not agree, or a product is not finite.
-        """
-        self.products += 1
-        self.disagreement = 0.0
-        for batch in self.batches:
-            product, apart = self._settled(batch, vector)
-            self.disagreement = max(self.disagreement, apart)
-            yield batch.samples / self.samples, product
-
-    def gradients(self) -> Iterator[tuple[float, Tensor]]:
-        """Weight and flat gradient of every batch in turn."""
-        for batch in self.batches:
-            yield batch.samples / self.samples, self._gradient(batch, None)
 
     def slope(self, batch: CurvatureBatch, vector: Tensor) -> tuple[float, float]:
         """Central difference of the loss itself along a vector, and the part of it that may be rounding.
@@ -95,29 +80,30 @@ class FiniteDifferenceOperator(HessianOperator):
         ahead, behind = (float(self._aliased.evaluate(self.space, batch, s).loss.detach()) for s in shifts)
         return (ahead - behind) / (2 * step), self._rounding(abs(ahead), step)
 
-    def _settled(self, batch: CurvatureBatch, vector: Tensor) -> tuple[Tensor, float]:
-        """The product at the first step that agrees with the one before, and how far apart they are."""
-        coarse, _ = self._difference(batch, vector, self.relative_step)
+    def _product(self, piece: CurvatureBatch, vector: Tensor) -> Tensor:
+        """The product at the first step that agrees with the one before."""
+        coarse, _ = self._difference(piece, vector, self.relative_step)
         for attempt in range(1, _STEPS):
-            fine, rounding = self._difference(batch, vector, self.relative_step * _RATIO**attempt)
+            fine, rounding = self._difference(piece, vector, self.relative_step * _RATIO**attempt)
             apart = norm(coarse - fine) / max(norm(fine), rounding / self.tolerance)
             if apart <= self.tolerance:
-                return fine, apart
+                self.disagreement = max(self.disagreement, apart)
+                return fine
             coarse = fine
         raise CurvatureError(
             f"unreliable: expected finite differences at two steps to agree to {self.tolerance:.0e}, found "
             f"them {apart:.0e} apart at {self.relative_step * _RATIO ** (_STEPS - 1):.0e} of the weights' "
             "length, and no closer at longer steps. Kinks (ReLU, max pooling) and rounding do that: use "
-            "float64 (dtype), or double backward"
+            "float64 weights, or double backward"
         )
 
     def _difference(
-        self, batch: CurvatureBatch, vector: Tensor, relative_step: float
+        self, piece: CurvatureBatch, vector: Tensor, relative_step: float
     ) -> tuple[Tensor, float]:
         """Central difference of the gradient, and the length of it that may be rounding."""
         step = self._step(vector, relative_step)
         shift = step * vector
-        ahead, behind = self._gradient(batch, shift), self._gradient(batch, -shift)
+        ahead, behind = self._gradient(piece, shift), self._gradient(piece, -shift)
         rounding = self._rounding(norm(ahead), step)
         return finite(ahead.sub_(behind).div_(2 * step)), rounding
 
@@ -131,8 +117,8 @@ class FiniteDifferenceOperator(HessianOperator):
         change = norm(vector if self.space.scaling is None else vector * self.space.scaling)
         return relative * (weights or 1.0) / (change or 1.0)
 
-    def _gradient(self, batch: CurvatureBatch, shift: Tensor | None) -> Tensor:
-        pieces = None if shift is None else self.space.split(shift)
-        evaluation = self._aliased.evaluate(self.space, batch, pieces)
+    def _gradient(self, piece: CurvatureBatch, shift: Tensor | None = None) -> Tensor:
+        parts = None if shift is None else self.space.split(shift)
+        evaluation = self._aliased.evaluate(self.space, piece, parts)
         self._check_reach(evaluation.loss)
         return self.space.flatten(self._aliased.differentiate(evaluation, (evaluation.loss,)))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Self
 
 import torch
@@ -24,6 +26,7 @@ from sgd_probe.curvature.aliased import (
     leaves,
 )
 from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.microbatches import cut
 from sgd_probe.curvature.space import ParameterSpace
 
 __all__ = [
@@ -39,11 +42,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Graph:
-    """Loss gradient of one batch with the graph that leads to it."""
+    """Loss gradient of one batch, or a piece of it, with the graph that leads to it."""
 
     evaluation: Evaluation
     gradient: tuple[Tensor, ...]
-    weight: float
 
 
 class HessianOperator:
@@ -61,9 +63,12 @@ class HessianOperator:
             each product (about 3.2, and the memory of one graph).
         dtype: work on copies of weights, buffers and batches in this precision; None takes them as they
             are.
+        microbatch: most samples of a graph; None takes batches whole. It is right where the mean over a
+            batch's pieces is its loss: ask :func:`~sgd_probe.curvature.microbatches.check_pieces` first.
 
     Raises:
-        CurvatureError: the loss is not a finite scalar, or does not depend on the parameters.
+        CurvatureError: the loss is not a finite scalar, or does not depend on the parameters; a batch
+            cannot be cut.
         WrongHessianError: it cannot be differentiated twice, or reaches weights by a way around the module.
     """
 
@@ -75,6 +80,7 @@ class HessianOperator:
         space: ParameterSpace,
         retain_graph: bool = True,
         dtype: torch.dtype | None = None,
+        microbatch: int | None = None,
     ) -> None:
         if not batches:
             raise ValueError("expected at least one curvature batch, found none")
@@ -85,7 +91,9 @@ class HessianOperator:
         self.loss = loss
         self._aliased = AliasedLoss(module, loss, dtype)
         self._retain = retain_graph
-        self._graphs: list[_Graph | None] = [None] * len(self.batches)
+        # Graphs are of pieces. To the outside there are batches only: theirs is the noise of the training.
+        self._pieces = tuple(cut(batch, microbatch) for batch in self.batches)
+        self._graphs: dict[int, _Graph] = {}  # by the id of the piece, which lives as long
         self._samples = sum(batch.samples for batch in self.batches)
 
     def __enter__(self) -> Self:
@@ -106,7 +114,7 @@ class HessianOperator:
 
     def close(self) -> None:
         """Free the graphs."""
-        self._graphs = [None] * len(self.batches)
+        self._graphs.clear()
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Hessian times vector.
@@ -120,11 +128,9 @@ class HessianOperator:
         Raises:
             CurvatureError: the product is not finite.
         """
-        total: Tensor | None = None
-        for weight, product in self.matvec_per_batch(vector):  # every product is ours to change
-            total = product.mul_(weight) if total is None else total.add_(product, alpha=weight)
-        assert total is not None
-        return total
+        self.products += 1
+        # Over the pieces of all batches at once: a mean of means would hold one vector more.
+        return _mean(tuple(chain.from_iterable(self._pieces)), partial(self._product, vector=vector))
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Weight and product of every batch in turn; the weights add up to one.
@@ -133,40 +139,43 @@ class HessianOperator:
             CurvatureError: a product is not finite.
         """
         self.products += 1
-        pieces = self.space.split(vector)
-        for index in range(len(self.batches)):
-            graph = self._graph(index)
-            pairs = [(g, v) for g, v in zip(graph.gradient, pieces, strict=True) if g.requires_grad]
-            if pairs:
-                outputs, vectors = zip(*pairs, strict=True)
-                product = self._aliased.differentiate(
-                    graph.evaluation, outputs, vectors, retain_graph=self._retain
-                )
-                yield graph.weight, finite(self.space.flatten(product))
-            else:  # a loss that is linear in the weights
-                yield graph.weight, torch.zeros_like(vector)
+        return self._per_batch(partial(self._product, vector=vector))
 
     def gradients(self) -> Iterator[tuple[float, Tensor]]:
         """Weight and flat gradient of every batch in turn."""
-        for index in range(len(self.batches)):
-            graph = self._graph(index)
-            yield graph.weight, self.space.flatten(graph.gradient)
+        return self._per_batch(self._gradient)
 
-    def _graph(self, index: int) -> _Graph:
-        graph = self._graphs[index]
-        if graph is None:
-            graph = self._build(self.batches[index])
-            if self._retain:
-                self._graphs[index] = graph
+    def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
+        for batch, pieces in zip(self.batches, self._pieces, strict=True):
+            yield batch.samples / self._samples, _mean(pieces, value)
+
+    def _product(self, piece: CurvatureBatch, vector: Tensor) -> Tensor:
+        """Its Hessian times a vector: a new tensor."""
+        graph, parts = self._graph(piece), self.space.split(vector)
+        pairs = [(g, v) for g, v in zip(graph.gradient, parts, strict=True) if g.requires_grad]
+        if not pairs:  # a loss that is linear in the weights
+            return torch.zeros_like(vector)
+        outputs, vectors = zip(*pairs, strict=True)
+        product = self._aliased.differentiate(graph.evaluation, outputs, vectors, retain_graph=self._retain)
+        return finite(self.space.flatten(product))
+
+    def _gradient(self, piece: CurvatureBatch) -> Tensor:
+        """Its flat gradient: a new tensor."""
+        return self.space.flatten(self._graph(piece).gradient)
+
+    def _graph(self, piece: CurvatureBatch) -> _Graph:
+        graph = self._graphs.get(id(piece)) or self._build(piece)
+        if self._retain:
+            self._graphs[id(piece)] = graph
         return graph
 
-    def _build(self, batch: CurvatureBatch) -> _Graph:
-        evaluation = self._aliased.evaluate(self.space, batch)
+    def _build(self, piece: CurvatureBatch) -> _Graph:
+        evaluation = self._aliased.evaluate(self.space, piece)
         self._check_reach(evaluation.loss)
         gradient = self._aliased.differentiate(
             evaluation, (evaluation.loss,), create_graph=True, materialize_grads=True
         )
-        return _Graph(evaluation, gradient, batch.samples / self._samples)
+        return _Graph(evaluation, gradient)
 
     def _check_reach(self, loss: Tensor) -> None:
         """Refuse a loss that reaches a probed weight by another way than the aliases."""
@@ -178,6 +187,15 @@ class HessianOperator:
                 "way to it (a list of parameters, an optimizer's groups): its part of the Hessian would be "
                 "missing. Use the attribute in the training step, or give a loss_fn"
             )
+
+
+def _mean(pieces: Sequence[CurvatureBatch], value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
+    """Mean over samples of what is a mean over the samples of each piece; every value is ours to change."""
+    samples = sum(piece.samples for piece in pieces)
+    total = value(pieces[0]).mul_(pieces[0].samples / samples)
+    for piece in pieces[1:]:
+        total.add_(value(piece), alpha=piece.samples / samples)
+    return total
 
 
 def finite(product: Tensor) -> Tensor:
@@ -215,18 +233,39 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
 
 @dataclass(frozen=True)
 class GradientCost:
-    """What the gradient of one batch costs: seconds, and bytes of the graph that is kept for products."""
+    """What the gradient of one batch costs.
+
+    Attributes:
+        seconds: of the whole batch.
+        graph_bytes: of one graph that is kept for products, of the batch or of a piece of it, with the
+            gradient that it leads to.
+        graphs: of one batch.
+    """
 
     seconds: float
     graph_bytes: int
+    graphs: int
 
 
 def measure_gradient(
-    module: nn.Module, loss: LossFunction, batch: CurvatureBatch, space: ParameterSpace
+    module: nn.Module,
+    loss: LossFunction,
+    batch: CurvatureBatch,
+    space: ParameterSpace,
+    microbatch: int | None = None,
+    kind: type[HessianOperator] = HessianOperator,
 ) -> GradientCost:
     """Build one batch's graph and see what it takes; also the first sign that the loss can be probed.
 
     Call it inside :func:`sgd_probe.isolation.isolated`.
+
+    Args:
+        module: the user's module.
+        loss: its training loss.
+        batch: any.
+        space: the probed parameters.
+        microbatch: most samples of a graph.
+        kind: what will take the products, and decides what of a graph is kept.
 
     Raises:
         CurvatureError: the loss cannot be probed.
@@ -242,14 +281,17 @@ def measure_gradient(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    operator = HessianOperator(module, loss, [batch], space)
+    pieces = cut(batch, microbatch)  # the first is the largest
+    operator = kind(module, loss, pieces[:1], space)
     with operator, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         next(operator.gradients())
     # The first call pays for lazy initialisation; of the next ones the fastest was disturbed least.
     fastest = math.inf
     for _ in range(3):
         started = time.perf_counter()
-        with HessianOperator(module, loss, [batch], space) as operator:
-            next(operator.gradients())
+        for piece in pieces:
+            with kind(module, loss, [piece], space) as operator:
+                next(operator.gradients())
         fastest = min(fastest, time.perf_counter() - started)
-    return GradientCost(fastest, sum(kept.values()))
+    gradient = space.size * space.dtype.itemsize
+    return GradientCost(fastest, sum(kept.values()) + gradient, len(pieces))

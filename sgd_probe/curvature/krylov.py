@@ -6,6 +6,8 @@ block by row block, so that no step of the solver holds more than the vectors th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,12 +64,10 @@ class KrylovBasis:
         """
         taken = torch.zeros(self._count, dtype=torch.float64)
         rows = self._rows()
-        if recurrence:
-            start = max(self._count - 2, 0)
-            taken[start:] = _take_out(self._last(start), vector)
-        for _ in range(1 if recurrence else 2):
-            taken += _take_out(rows, vector)
-        return taken
+        start = max(self._count - 2, 0) if recurrence else 0
+        taken[start:] = _take_out(self._last(start) if recurrence else rows, vector, inner)
+        # What is left is small, and so is the error of a plain sum over it.
+        return taken.add_(_take_out(rows, vector, torch.mv))
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the vectors by combinations of them, in place, and forget the rest.
@@ -123,9 +123,9 @@ class KrylovBasis:
         ]
 
 
-def _take_out(parts: list[Tensor], vector: Tensor) -> Tensor:
+def _take_out(parts: list[Tensor], vector: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Take the components along rows out of a vector, in place; returns them, float64 on the CPU."""
-    found = [inner(rows, vector) for rows in parts]
+    found = [product(rows, vector) for rows in parts]
     for rows, components in zip(parts, found, strict=True):
         vector.addmv_(rows.T, components.to(vector.dtype), alpha=-1.0)
-    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(found).cpu().double() if found else torch.zeros(0, dtype=torch.float64)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 #: What the loader does; "auto" reads it off the live loader.
 SamplingChoice = Literal["auto", "with_replacement", "without_replacement"]
+#: How Hessian-vector products are taken.
+SecondDerivatives = Literal["double_backward", "finite_differences"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,13 @@ class ProbeConfig:
             to ``max_overhead``. It makes a run reproducible. At least ``window``.
         grace_seconds: a run too short for its budget still gets one window, if that takes no longer.
         curvature_batches: training batches in each of the two curvature sets, or "auto".
+        microbatch: most samples of a piece that a curvature batch is cut into, which bounds the memory of
+            a graph; None takes batches whole. It needs a loss that is a mean over samples of which none
+            sees another; that is tried on a batch first, and refused where it does not hold.
+        second_derivatives: "double_backward", exact, about two gradients a product; or
+            "finite_differences" of gradients, for a loss that has no double backward, or a wrong one: four
+            gradients a product or more, right to about 1e-3 in float32 where the loss is smooth. Where its
+            steps do not agree (ReLU networks in float32) no window opens.
         tolerance: residual bound of eigenvectors relative to |lambda_1|. 1e-2 gives eigenvalues to
             1e-4 of lambda_1, far below their sampling error.
         flat_dimension: Hessian-vector products spent on each flat direction.
@@ -38,8 +47,8 @@ class ProbeConfig:
             unused weights look perfectly flat.
         sampling: how the loader draws; set it where "auto" cannot know.
         seed: of the probe's own random vectors.
-        max_graph_bytes: keep the graphs of all curvature batches up to this size, beyond it rebuild
-            them for every product; "auto" takes half of the free memory.
+        max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
+            it rebuild them for every product; "auto" takes half of the free memory.
         max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
@@ -57,6 +66,8 @@ class ProbeConfig:
     every_n_steps: int | None = None
     grace_seconds: float = 5.0
     curvature_batches: int | Literal["auto"] = "auto"
+    microbatch: int | None = None
+    second_derivatives: SecondDerivatives = "double_backward"
     tolerance: float = 1e-2
     flat_dimension: int = 6
     flat_curvature: float = 0.01
@@ -106,6 +117,12 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("every_n_steps", _or(None, _integer(1)), "None or an integer of at least 1"),
     ("grace_seconds", lambda v: _number(v) and v >= 0, "a number of seconds, at least 0"),
     ("curvature_batches", _or("auto", _integer(1)), '"auto" or an integer of at least 1'),
+    ("microbatch", _or(None, _integer(1)), "None or an integer of at least 1"),
+    (
+        "second_derivatives",
+        lambda v: v in ("double_backward", "finite_differences"),
+        '"double_backward" or "finite_differences"',
+    ),
     ("tolerance", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),
     ("flat_dimension", _integer(2), "an integer of at least 2"),
     ("flat_curvature", lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1 (exclusive)"),

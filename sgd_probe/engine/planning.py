@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sgd_probe.curvature.certify import MIN_BATCHES
 from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
 from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 
-#: What one window costs in gradients, per curvature batch: products for the top modes, the interior and
-#: the flat ones on the finding set and one per mode on the certifying set, at two gradients a product.
+#: Hessian-vector products that the search for the top modes takes.
 LANCZOS_PRODUCTS = 35
+#: What a product costs in gradients: on a graph that is kept, on one that is built for it, by finite
+#: differences at two steps (more where those do not agree).
+KEPT_PRODUCT, REBUILT_PRODUCT, DIFFERENCE_PRODUCT = 2.0, 3.2, 4.0
 #: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
 SELF_TEST_GRADIENTS = 40
 #: Windows that a run should have, where its budget allows.
@@ -43,24 +46,60 @@ def finding_products(config: ProbeConfig) -> int:
     return LANCZOS_PRODUCTS + interior + config.flat * config.flat_dimension
 
 
-def gradients_per_batch(config: ProbeConfig) -> float:
-    """Cost of a window per batch of a curvature set, in gradients of one batch."""
-    # When it opens and again when it closes.
+def product_gradients(config: ProbeConfig, kept: bool) -> float:
+    """Cost of a Hessian-vector product on one batch, in gradients of it.
+
+    Args:
+        config: how products are taken.
+        kept: the batch's graph is kept between products.
+    """
+    if config.second_derivatives == "finite_differences":
+        return DIFFERENCE_PRODUCT
+    return KEPT_PRODUCT if kept else REBUILT_PRODUCT
+
+
+def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
+    """Cost of a window per batch of a curvature set, in gradients of one batch.
+
+    Products for the top modes, the interior and the flat ones on the finding set, and one per mode on the
+    certifying set, when it opens and again when it closes.
+    """
     certifying = 2 * (config.top + config.interior + config.flat)
-    return 2.0 * (finding_products(config) + certifying)
+    return product_gradients(config, kept) * (finding_products(config) + certifying)
 
 
-def choose_curvature_batches(config: ProbeConfig, batch_samples: int, planned_steps: float) -> int:
+def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
+    """Vectors of weights that are held at once while a window opens, at most.
+
+    Either the search holds most, with its basis, or the certification: the directions, where they came
+    from, and their images under two halves of the batches; those again for their noise.
+
+    Args:
+        config: how many directions.
+        basis_vectors: that the eigensolver may hold.
+        batches: in a curvature set.
+    """
+    rows = config.top + config.interior + config.flat
+    certifying = 4 * rows + 1
+    if batches >= MIN_BATCHES:
+        certifying += 4 * (rows - config.top if 2 * config.top + rows <= basis_vectors else rows)
+    return max(basis_vectors + config.interior + config.flat, certifying) + 3
+
+
+def choose_curvature_batches(
+    config: ProbeConfig, batch_samples: int, planned_steps: float, kept: bool = True
+) -> int:
     """Batches of each curvature set: as many samples as leave about ten windows in the budget.
 
     Args:
         config: ``curvature_batches`` where it is a number, else the budget decides.
         batch_samples: samples of one training batch.
         planned_steps: optimizer steps of the run, or infinity.
+        kept: their graphs are kept between products.
     """
     if config.curvature_batches != "auto":
         return config.curvature_batches
-    affordable = config.max_overhead * planned_steps / (WINDOWS_WANTED * gradients_per_batch(config))
+    affordable = config.max_overhead * planned_steps / (WINDOWS_WANTED * gradients_per_batch(config, kept))
     lowest = max(math.ceil(MIN_SAMPLES / batch_samples), 2)
     highest = max(math.ceil(MAX_SAMPLES / batch_samples), lowest)
     return int(min(max(affordable, lowest), highest, MAX_BATCHES))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.certify import rayleigh_quotients
+from sgd_probe.curvature.finite_differences import FiniteDifferenceOperator
 from sgd_probe.curvature.hessian import (
     CurvatureError,
     GradientCost,
@@ -29,6 +30,7 @@ from sgd_probe.curvature.hessian import (
     measure_gradient,
 )
 from sgd_probe.curvature.lanczos import most_products, smallest_basis
+from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
@@ -45,6 +47,7 @@ from sgd_probe.engine.planning import (
     choose_window,
     finding_products,
     gradients_per_batch,
+    most_vectors,
 )
 from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import Measured, decisive_curvature, summarise
@@ -131,6 +134,8 @@ class ProbeEngine:
         self._planned_steps = planned_steps
         self._accumulation = accumulation
         self._generator = torch.Generator().manual_seed(config.seed)
+        self._differences = config.second_derivatives == "finite_differences"
+        self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
         self._batches_per_set = 0
         self._window_gradients = 0.0
@@ -184,16 +189,26 @@ class ProbeEngine:
         Raises:
             CurvatureError: the loss cannot be probed.
         """
-        frozen = self._freeze(batch, index)
+        frozen, config = self._freeze(batch, index), self.config
+        kind = FiniteDifferenceOperator if self._differences else HessianOperator
         with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._cost = measure_gradient(self._module, self._loss, frozen, self.space)
-        config = self.config
-        self._batches_per_set = choose_curvature_batches(config, frozen.samples, self._planned_steps)
-        self._window_gradients = SELF_TEST_GRADIENTS + gradients_per_batch(config) * self._batches_per_set
-        self._window_seconds = self._cost.seconds * self._window_gradients
+            self._check_pieces([frozen])
+            self._cost = measure_gradient(
+                self._module, self._loss, frozen, self.space, config.microbatch, kind
+            )
+        for kept in (True, False):
+            self._batches_per_set = choose_curvature_batches(
+                config, frozen.samples, self._planned_steps, kept
+            )
+            if self._retain_graphs():
+                break
         retained = self._retain_graphs()
-        graphs = self._cost.graph_bytes * (self._batches_per_set if retained else 1)
-        vectors = (self._max_vectors() + config.interior + config.flat + 3) * self._vector_bytes
+        per_batch = gradients_per_batch(config, retained)
+        self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
+        self._window_seconds = self._cost.seconds * self._window_gradients
+        graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
+        most = most_vectors(config, self._max_vectors(), self._batches_per_set)
+        vectors = most * self._vector_bytes
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
         lines = [
@@ -203,6 +218,7 @@ class ProbeEngine:
             f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
             f"{(graphs + vectors) / 2**20:,.0f} MB "
             f"({graphs / 2**20:,.0f} MB of graphs{'' if retained else ', rebuilt for every product'}).",
+            *self._ways(),
             self._pace(),
             f"Optimizer: {self._read_optimizer().describe()}.",
             f"Loader: {self.sampling.describe()}.",
@@ -324,7 +340,8 @@ class ProbeEngine:
         if self.is_open and self.config.every_n_steps is None:
             return False
         lead = math.ceil(2 * self._batches_per_set / self._accumulation)
-        if self._schedule.opened == 0 and self._schedule.step_seconds is not None:
+        whole = self.config.microbatch is None
+        if whole and self._schedule.opened == 0 and self._schedule.step_seconds is not None:
             # A gradient was timed once, perhaps at a bad moment: it takes no longer than a whole step.
             gradient = self._schedule.step_seconds / self._accumulation
             self._window_seconds = min(self._window_seconds, gradient * self._window_gradients)
@@ -339,6 +356,21 @@ class ProbeEngine:
                 self.config.max_overhead,
             )
         return due
+
+    def _ways(self) -> list[str]:
+        """What the user has declared of how the curvature is taken, a sentence an item."""
+        found = []
+        if self._differences:
+            found.append(
+                "Hessian-vector products are finite differences of gradients (`second_derivatives`); where "
+                "they are unreliable, as on ReLU networks in float32, no window opens."
+            )
+        if self._pieces_gap is not None:
+            found.append(
+                f"Curvature batches are taken in pieces of at most {self.config.microbatch} samples; on one "
+                f"batch, loss and gradient agree with those of the whole to {self._pieces_gap:.0e}."
+            )
+        return found
 
     def _pace(self) -> str:
         config = self.config
@@ -373,12 +405,19 @@ class ProbeEngine:
         )
 
     def _retain_graphs(self) -> bool:
-        assert self._cost is not None
+        if self._differences:
+            return False
         limit = self.config.max_graph_bytes
         if limit == "auto":
             free = free_memory(self.space.device)
             limit = free // 2 if free is not None else 2**30
-        return self._cost.graph_bytes * self._batches_per_set <= limit
+        return self._all_graph_bytes <= limit
+
+    @property
+    def _all_graph_bytes(self) -> int:
+        """Of both sets: the finding one's graphs are still there while the other certifies."""
+        assert self._cost is not None
+        return 2 * self._batches_per_set * self._cost.graphs * self._cost.graph_bytes
 
     @property
     def _vector_bytes(self) -> int:
@@ -405,17 +444,42 @@ class ProbeEngine:
             )
         return min(room, most_products(config.top))
 
+    def _operator(self, batches: Sequence[CurvatureBatch], retain: bool) -> HessianOperator:
+        size = self.config.microbatch
+        if self._differences:
+            return FiniteDifferenceOperator(self._module, self._loss, batches, self.space, microbatch=size)
+        return HessianOperator(self._module, self._loss, batches, self.space, retain, microbatch=size)
+
+    def _check_pieces(self, batches: Sequence[CurvatureBatch]) -> None:
+        """Once in a run, on the first batch that is large enough to be cut."""
+        if self.config.microbatch is not None and self._pieces_gap is None:
+            largest = max(batches, key=lambda batch: batch.samples)
+            self._pieces_gap = check_pieces(
+                self._module, self._loss, largest, self.space, self.config.microbatch
+            )
+
+    def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator) -> None:
+        """Ask before the run's first search whether the operator is a Hessian (on one piece, if it cuts)."""
+        if self._self_test:
+            return
+        pieces = cut(batches[0], self.config.microbatch)
+        if len(pieces) > 1:
+            with self._operator(pieces[:1], retain=True) as small:
+                self._self_test = self_test(small, self._generator)
+        else:
+            self._self_test = self_test(operator, self._generator)
+        level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
+        log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
+
     def _open(self, step: int) -> _Window:
         # Alternating, so that both sets see the same stretch of the training data.
         finding, certifying = self._pool[0::2], self._pool[1::2]
         config, retain = self.config, self._retain_graphs()
-        with HessianOperator(self._module, self._loss, finding, self.space, retain) as operator:
-            if not self._self_test:
-                self._self_test = self_test(operator, self._generator)
-                level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
-                log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
+        self._check_pieces(self._pool)
+        with self._operator(finding, retain) as operator:
+            self._test_once(finding, operator)
             trace = gradient_noise_trace(operator)
-            with HessianOperator(self._module, self._loss, certifying, self.space, retain) as held_out:
+            with self._operator(certifying, retain) as held_out:
                 basis = find_modes(
                     operator,
                     held_out,
@@ -459,7 +523,7 @@ class ProbeEngine:
             samples_found=operator.samples,
             noise_trace=trace / self._accumulation,
             decays=decays,
-            warnings=[self._repeats()] if self._repeats() else [],
+            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
             statistics=WindowStatistics.empty(modes, plan.steps),
             position=np.zeros(modes),
             decay_at_origin=projector.decay_at_origin(optimizer.decays),
@@ -540,11 +604,20 @@ class ProbeEngine:
         try:
             with (
                 isolated(self._module, self._optimizer.param_groups),
-                HessianOperator(
-                    self._module, self._loss, window.certifying, self.space, self._retain_graphs()
-                ) as operator,
+                self._operator(window.certifying, self._retain_graphs()) as operator,
             ):
                 return tuple(rayleigh_quotients(operator, window.basis.vectors))
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
             return ()
+
+
+def _difference_note(*operators: HessianOperator) -> str:
+    """What to say of products that were no double backward."""
+    apart = [o.disagreement for o in operators if isinstance(o, FiniteDifferenceOperator)]
+    if not apart:
+        return ""
+    return (
+        "The curvature comes from finite differences of gradients (`second_derivatives`), at two steps that "
+        f"agreed to {max(apart):.0e} or better."
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from sgd_probe.curvature.finite_differences import FiniteDifferenceOperator
 from sgd_probe.curvature.hessian import HessianOperator, LossFunction, WrongHessianError
 from sgd_probe.curvature.linear_algebra import norm, random_unit
 from sgd_probe.curvature.selftest import check_symmetry, self_test
@@ -280,3 +281,25 @@ def test_symmetry_alone_misses_a_detached_part() -> None:
         assert check_symmetry(operator, generator).startswith("symmetric to")
         vector = random_unit(operator.size, torch.empty(0), generator)
         assert norm(operator.matvec(vector)) > 0
+
+
+def test_of_finite_differences_double_backward_is_no_judge() -> None:
+    for make in (lambda: ob.applied(ob.OnceDifferentiable), lambda: ob.mlp(nn.Tanh())):
+        module = build(make).double()
+        x, y = ob.content()
+        batches, space = freeze([(x.double(), y)]), ParameterSpace.of(module)
+        with isolated(module):
+            operator = FiniteDifferenceOperator(module, ob.cross_entropy, batches, space)
+            line = self_test(operator, torch.Generator().manual_seed(0))
+        assert line.startswith("passed: finite differences, symmetric to")
+        assert line.endswith("the gradient is the slope of the loss")
+
+
+def test_of_finite_differences_the_gradient_must_be_a_slope() -> None:
+    module = build(lambda: ob.applied(ob.StraightThrough))
+    with isolated(module):
+        operator = FiniteDifferenceOperator(
+            module, ob.cross_entropy, freeze([ob.content()]), ParameterSpace.of(module)
+        )
+        with pytest.raises(WrongHessianError, match="do not follow the slope of the loss"):
+            self_test(operator, torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from sgd_probe.engine.planning import (
     choose_window,
     finding_products,
     gradients_per_batch,
+    most_vectors,
 )
 
 CURVATURES = st.lists(st.one_of(st.floats(-10, 1e4), st.just(math.inf)), max_size=10)
@@ -92,6 +93,20 @@ class TestCurvatureBatches:
     def test_windows_cost_more_with_more_modes(self) -> None:
         costs = [gradients_per_batch(ProbeConfig(top=t, flat=f)) for t, f in ((5, 0), (10, 0), (10, 4))]
         assert 0 < costs[0] < costs[1] < costs[2]
+
+    def test_windows_cost_more_without_kept_graphs_and_by_finite_differences(self) -> None:
+        kept, rebuilt = (gradients_per_batch(ProbeConfig(), kept) for kept in (True, False))
+        assert rebuilt == pytest.approx(1.6 * kept)
+        differences = ProbeConfig(second_derivatives="finite_differences")
+        assert gradients_per_batch(differences, False) == pytest.approx(2 * kept)
+        found = [choose_curvature_batches(ProbeConfig(), 64, 2e5, kept) for kept in (True, False)]
+        assert found[0] > found[1] >= 2
+
+    def test_a_short_basis_is_not_the_most_that_is_held(self) -> None:
+        config = ProbeConfig(top=10, flat=4)
+        assert most_vectors(config, 70, 2) == 70 + 4 + 3
+        # Measured above a network of 2.1 million weights, with the one of a graph's gradient: 60.3 and 112.3.
+        assert [most_vectors(config, 16, batches) for batches in (2, 8)] == [60, 116]
 
     def test_interior_modes_cost_their_certificates_and_two_products_together(self) -> None:
         found = [finding_products(ProbeConfig(interior=count)) for count in (0, 1, 5)]
