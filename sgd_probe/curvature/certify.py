@@ -63,22 +63,40 @@ class Certification:
     split_half_overlap: float
 
 
-def certify(operator: HessianOperator, vectors: Tensor, top: int = 0) -> Certification:
+def certify(
+    operator: HessianOperator, vectors: Tensor, top: int = 0, with_overlap: bool = True
+) -> Certification:
     """Certify directions; one product (over all batches of the operator) each.
+
+    Two more vectors are held meanwhile, another for each direction that is no top one and, for the overlap,
+    two for each top one.
 
     Args:
         operator: over batches disjoint from those that found the directions.
         vectors: unit rows, shape (k, size).
-        top: how many of the first rows span the top subspace; for its overlap, and for the noise of the
-            others, their images are held meanwhile.
+        top: how many of the first rows are eigenvectors and span the top subspace; the others are mixtures
+            whose curvature is weighted by noise.
+        with_overlap: ask how well the samples settle the top subspace.
     """
     enough = len(operator.batches) >= MIN_BATCHES
-    images = [_images(operator, v, enough and index >= top) for index, v in enumerate(vectors)]
-    several = len(operator.batches) > 1
-    overlap = _overlap([i.halves for i in images[:top]]) if several and top else math.nan
+    with_overlap = with_overlap and len(operator.batches) > 1 and top > 0
+    halves = [vectors.new_empty((top if with_overlap else 0, vectors.shape[1])) for _ in range(2)]
+    totals = vectors.new_empty((len(vectors) - top if enough else 0, vectors.shape[1]))
+    images: list[_Images] = []
+    for index, vector in enumerate(vectors):
+        mixed = enough and index >= top
+        image, parts = _images(operator, vector, with_gradients=mixed)
+        images.append(image)
+        if mixed:
+            torch.add(*parts, out=totals[index - top])
+        elif with_overlap and index < top:
+            for half, part in zip(halves, parts, strict=True):
+                half[index] = part
+    overlap = _overlap(*halves) if with_overlap else math.nan
+    halves.clear()
     weighted = [(math.nan, math.nan)] * len(vectors)
-    if enough:
-        weighted[top:] = _noise_weighted(operator, images[top:])
+    if len(totals):
+        weighted[top:] = _noise_weighted(operator, images[top:], totals)
     certificates = tuple(_certificate(i, *w) for i, w in zip(images, weighted, strict=True))
     return Certification(certificates, overlap)
 
@@ -90,13 +108,13 @@ def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float
 
 @dataclass(frozen=True)
 class _Images:
-    """H_B v over the batches: what is needed of them one by one, and their sums over two halves.
+    """What is needed of H_B v over the batches.
 
     Attributes:
         weights: of the batches.
         quotients: v.H_B v.
         own_square: sum of the squared weights times ``||H_B v||^2``.
-        halves: weighted sums of H_B v over every other batch.
+        square: ``||Hv||^2``.
         noise: v.g_B, empty where gradients were not asked for.
         own_pull: (H_B v).g_B likewise.
     """
@@ -104,36 +122,41 @@ class _Images:
     weights: list[float]
     quotients: list[float]
     own_square: float
-    halves: tuple[Tensor, Tensor]
+    square: float
     noise: list[float]
     own_pull: list[float]
 
 
-def _images(operator: HessianOperator, vector: Tensor, with_gradients: bool) -> _Images:
-    images = _Images([], [], 0.0, (torch.zeros_like(vector), torch.zeros_like(vector)), [], [])
+def _images(
+    operator: HessianOperator, vector: Tensor, with_gradients: bool
+) -> tuple[_Images, tuple[Tensor, Tensor]]:
+    """Also the weighted sums of H_B v over every other batch, which add up to Hv."""
+    images = _Images([], [], 0.0, 0.0, [], [])
+    halves = (torch.zeros_like(vector), torch.zeros_like(vector))
     own_square = 0.0
     gradients = operator.gradients() if with_gradients else None
     for index, (weight, product) in enumerate(operator.matvec_per_batch(vector)):
-        pair = torch.stack([vector, product])
-        along, square = inner(pair, product).tolist()
         images.weights.append(weight)
-        images.quotients.append(along)
-        own_square += weight**2 * square
-        images.halves[index % 2].add_(product, alpha=weight)
+        images.quotients.append(_dot(vector, product))
+        own_square += weight**2 * _dot(product, product)
+        halves[index % 2].add_(product, alpha=weight)
         if gradients is not None:
             _, gradient = next(gradients)
-            noise, pull = inner(pair, gradient).tolist()
-            images.noise.append(noise)
-            images.own_pull.append(pull)
-    return dataclasses.replace(images, own_square=own_square)
+            images.noise.append(_dot(vector, gradient))
+            images.own_pull.append(_dot(product, gradient))
+    square = sum(_dot(half, half) for half in halves) + 2 * _dot(*halves)
+    return dataclasses.replace(images, own_square=own_square, square=square), halves
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(inner(one.unsqueeze(0), other))
 
 
 def _certificate(images: _Images, weighted: float, weighted_error: float) -> Certificate:
     weights, quotients = images.weights, images.quotients
     eigenvalue = sum(w * q for w, q in zip(weights, quotients, strict=True))
     self_weight = sum(w * w for w in weights)
-    total = images.halves[0] + images.halves[1]
-    square = float(inner(total.unsqueeze(0), total))
+    square = images.square
     if len(weights) > 1:
         spread = sum(w * (q - eigenvalue) ** 2 for w, q in zip(weights, quotients, strict=True))
         variance = spread / (1.0 - self_weight)
@@ -150,15 +173,14 @@ def _certificate(images: _Images, weighted: float, weighted_error: float) -> Cer
     return Certificate(eigenvalue, standard_error, variance, square, effective, weighted, weighted_error)
 
 
-def _noise_weighted(operator: HessianOperator, images: list[_Images]) -> list[tuple[float, float]]:
+def _noise_weighted(
+    operator: HessianOperator, images: list[_Images], totals: Tensor
+) -> list[tuple[float, float]]:
     """Slope of (Hv).g on v.g over the batches' gradients, and its jackknife error, per direction.
 
     A batch with large errors has both a large gradient and a large Hessian: its own H_B is taken out of
     the H that its gradient meets.
     """
-    if not images:
-        return []
-    totals = torch.stack([i.halves[0] + i.halves[1] for i in images])
     pulls = torch.stack([inner(totals, gradient).cpu() for _, gradient in operator.gradients()]).T
     weights = torch.tensor(images[0].weights, dtype=torch.float64)
     found = []
@@ -183,12 +205,11 @@ def _slope(noise: Tensor, pull: Tensor) -> float:
     return float(centred @ pull) / variance if variance > 0 else math.nan
 
 
-def _overlap(halves: list[tuple[Tensor, Tensor]]) -> float:
+def _overlap(rows: Tensor, others: Tensor) -> float:
     """Mean squared cosine of the principal angles between the two spans."""
-    rows, others = (torch.stack(half) for half in zip(*halves, strict=True))
     cross = torch.stack([inner(rows, other) for other in others]).cpu()
     turned = _whitener(others) @ cross @ _whitener(rows).T
-    return float(turned.square().sum()) / len(halves)
+    return float(turned.square().sum()) / len(rows)
 
 
 def _whitener(rows: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def interior_directions(
     """
     krylov, top = stiff.krylov, len(stiff.vectors)
     chosen = choose(stiff.ritz_values, stiff.ritz_residuals, top, count)
-    order, found = _bring_forward(krylov, top, chosen), slice(top, top + len(chosen))
+    order, found = krylov.bring_forward(top, chosen), slice(top, top + len(chosen))
     if room is not None:
         krylov.truncate(max(room, found.stop))
     values, residuals = stiff.ritz_values[order], stiff.ritz_residuals[order]
@@ -113,22 +113,6 @@ def choose(values: Tensor, residuals: Tensor, top: int, count: int) -> list[int]
         free.remove(nearest)
         chosen.append(nearest)
     return sorted(chosen)
-
-
-def _bring_forward(krylov: KrylovBasis, position: int, chosen: list[int]) -> list[int]:
-    """Exchange vectors of a basis so that the chosen ones, ascending, begin at a position.
-
-    Returns:
-        Where each vector was before.
-    """
-    order = list(range(len(krylov)))
-    for there, here in enumerate(chosen, start=position):
-        if there != here:
-            moved = krylov[there].clone()
-            krylov[there].copy_(krylov[here])
-            krylov[here].copy_(moved)
-            order[there], order[here] = order[here], order[there]
-    return order
 
 
 def _mixtures(

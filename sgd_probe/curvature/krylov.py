@@ -1,19 +1,20 @@
 """Orthonormal vectors of a Krylov space, kept in blocks of rows.
 
 Blocks let the basis grow without being copied, shrink without being copied, and give memory back row
-block by row block, so that no step of the solver holds more than the vectors that it needs.
+block by row block, so that no step of the solver holds more than the vectors that it needs. The first block
+has room for what is wanted in the end, as one contiguous matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from sgd_probe.curvature.linear_algebra import inner
 
-#: Rows of a block.
+#: Rows of a block, but for the first.
 BLOCK_ROWS = 8
 #: Columns that are rotated at a time.
 _CHUNK_COLUMNS = 8_192
@@ -25,14 +26,16 @@ class KrylovBasis:
     Args:
         like: any tensor of the dtype and device to work in.
         size: length of the vectors.
+        first: rows of the first block.
 
     Attributes:
         like: that tensor.
     """
 
-    def __init__(self, like: Tensor, size: int) -> None:
+    def __init__(self, like: Tensor, size: int, first: int = BLOCK_ROWS) -> None:
         self.like = like
         self._size = size
+        self._first = first
         self._blocks: list[Tensor] = []
         self._count = 0
 
@@ -41,14 +44,31 @@ class KrylovBasis:
 
     def __getitem__(self, index: int) -> Tensor:
         """The vector at an index, a view."""
-        return self._blocks[index // BLOCK_ROWS][index % BLOCK_ROWS]
+        block, row = self._place(index)
+        return self._blocks[block][row]
 
     def append(self, vector: Tensor) -> None:
         """Add a vector; the caller has made it orthonormal to the others."""
-        if self._count == len(self._blocks) * BLOCK_ROWS:
-            self._blocks.append(self.like.new_empty((BLOCK_ROWS, self._size)))
+        if self._count == self.rows_held:
+            rows = BLOCK_ROWS if self._blocks else self._first
+            self._blocks.append(self.like.new_empty((rows, self._size)))
         self._count += 1
         self[self._count - 1].copy_(vector)
+
+    def bring_forward(self, position: int, chosen: Sequence[int]) -> list[int]:
+        """Exchange vectors so that the chosen ones, ascending, begin at a position at or before them.
+
+        Returns:
+            Where each vector was before.
+        """
+        order = list(range(self._count))
+        for there, here in enumerate(chosen, start=position):
+            if there != here:
+                moved = self[there].clone()
+                self[there].copy_(self[here])
+                self[here].copy_(moved)
+                order[there], order[here] = order[here], order[there]
+        return order
 
     def orthogonalise(self, vector: Tensor, recurrence: bool = False) -> Tensor:
         """Take the components along the basis out of a vector, in place, twice for accuracy.
@@ -80,46 +100,62 @@ class KrylovBasis:
         for start in range(0, self._size, _CHUNK_COLUMNS):
             columns = slice(start, start + _CHUNK_COLUMNS)
             turned = turn @ torch.cat([rows[:, columns] for rows in self._rows()])
-            for rows, part in zip(self._blocks, torch.split(turned, BLOCK_ROWS), strict=False):
+            for start_row, rows in zip(self._starts(), self._blocks, strict=True):
+                part = turned[start_row : start_row + len(rows)]
                 rows[: len(part), columns] = part
         self.truncate(keep)
 
     def truncate(self, count: int) -> None:
         """Forget all vectors but the first ``count``, with their memory."""
         self._count = min(count, self._count)
-        del self._blocks[-(-self._count // BLOCK_ROWS) :]
+        del self._blocks[self._place(self._count - 1)[0] + 1 if self._count else 0 :]
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """One combination of the vectors, shape (size,)."""
         total = self.like.new_zeros(self._size)
-        parts = torch.split(coefficients.to(self.like), BLOCK_ROWS)
+        parts = torch.split(coefficients.to(self.like), [len(rows) for rows in self._rows()])
         for rows, part in zip(self._rows(), parts, strict=True):
             total.addmv_(rows.T, part)
         return total
 
     def matrix(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """The vectors, or some of them, as the rows of one contiguous matrix (a copy)."""
-        chosen = range(*slice(start, stop).indices(self._count))
-        return torch.stack([self[i] for i in chosen]) if chosen else self.like.new_empty((0, self._size))
+        """The vectors, or some of them, as the rows of one contiguous matrix.
+
+        A view where all of them lie in the first block, else a copy.
+        """
+        start, stop, _ = slice(start, stop).indices(self._count)
+        if self._blocks and stop <= self._first:
+            return self._blocks[0][start:stop]
+        chosen = [self[index] for index in range(start, stop)]
+        return torch.stack(chosen) if chosen else self.like.new_empty((0, self._size))
 
     @property
     def rows_held(self) -> int:
         """Vectors that memory is taken for."""
-        return len(self._blocks) * BLOCK_ROWS
+        return sum(map(len, self._blocks))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Block and row of a vector."""
+        if index < self._first:
+            return 0, index
+        block, row = divmod(index - self._first, BLOCK_ROWS)
+        return block + 1, row
+
+    def _starts(self) -> list[int]:
+        """Index of the first vector of every block."""
+        return [0] + [self._first + BLOCK_ROWS * block for block in range(len(self._blocks) - 1)]
 
     def _last(self, start: int) -> list[Tensor]:
-        """The vectors from an index on, at most a block of them."""
-        first, last = start // BLOCK_ROWS, (self._count - 1) // BLOCK_ROWS
+        """The vectors from an index on: at most two."""
+        (first, row), (last, end) = self._place(start), self._place(self._count - 1)
         if first == last:
-            return [self._blocks[first][start % BLOCK_ROWS : (self._count - 1) % BLOCK_ROWS + 1]]
+            return [self._blocks[first][row : end + 1]]
         return [self[index].unsqueeze(0) for index in range(start, self._count)]
 
     def _rows(self) -> list[Tensor]:
         """The filled rows of every block."""
         return [
-            block[: min(BLOCK_ROWS, self._count - i * BLOCK_ROWS)]
-            for i, block in enumerate(self._blocks)
-            if i * BLOCK_ROWS < self._count
+            rows[: self._count - start] for start, rows in zip(self._starts(), self._blocks, strict=False)
         ]
 
 

@@ -51,7 +51,7 @@ class LanczosResult:
 
     Attributes:
         eigenvalues: float64, shape (k,).
-        vectors: orthonormal rows, shape (k, size).
+        vectors: orthonormal rows, shape (k, size): a view into ``krylov``.
         residuals: ``||Hv - lambda v|| / |lambda_1|`` per pair, float64, shape (k,).
         orthogonality: largest |v_i . v_j| of two different rows.
         products: matrix-vector products used.
@@ -97,6 +97,7 @@ def lanczos(
     tolerance: float = 1e-2,
     max_products: int | None = None,
     max_vectors: int | None = None,
+    beside: int = 0,
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_product: Callable[[int], None] | None = None,
@@ -111,6 +112,8 @@ def lanczos(
         max_products: products after which it gives up, and says so; default :func:`most_products`, and
             three times that where memory makes it restart.
         max_vectors: vectors held at once; unbounded by default.
+        beside: rows to leave room for behind the pairs, in one matrix with them (the first block of
+            ``krylov``), once they are known.
         start: first vector (the sum of an earlier basis, say), to which noise is added; random if None.
         generator: source of random vectors (CPU).
         on_product: called with the number of products so far, for progress.
@@ -138,7 +141,9 @@ def lanczos(
     if start is not None:
         first.mul_(_NOISE * norm(start)).add_(start.to(like))
         first /= norm(first)
-    state = _Search(operator, count, like, tolerance, generator, KrylovBasis(like, operator.size))
+    state = _Search(
+        operator, count, like, tolerance, generator, KrylovBasis(like, operator.size, count + beside)
+    )
     state.basis.append(first)
     del first  # the basis has copied it; a vector that a name still holds is memory
     message, restarts = f"stopped at the limit of {limit} products", 0

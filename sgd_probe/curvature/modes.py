@@ -102,6 +102,8 @@ def find_modes(
 ) -> ModeBasis:
     """Find top, interior and near-flat modes on one set of batches and certify them on another.
 
+    Closes the finding operator.
+
     Args:
         finding: the operator whose modes are sought.
         certifying: the same loss over disjoint batches.
@@ -124,6 +126,7 @@ def find_modes(
         like,
         tolerance=tolerance,
         max_vectors=max_vectors,
+        beside=interior + flat,
         start=start,
         generator=generator,
         on_product=on_product,
@@ -146,8 +149,13 @@ def find_modes(
         generator=generator,
         on_product=report,
     )
-    vectors = torch.cat([stiff.vectors, between.vectors, valley.vectors]).contiguous()
-    stiff.krylov.truncate(0)  # its memory now serves the certification
+    # The directions come to lie side by side in the basis's first block; the rest of it serves the
+    # certification, and so do the graphs.
+    krylov, known = stiff.krylov, len(stiff.vectors) + len(between.vectors)
+    krylov.bring_forward(known, range(len(krylov) - len(valley.vectors), len(krylov)))
+    krylov.truncate(known + len(valley.vectors))
+    vectors = krylov.matrix()
+    finding.close()
     scale = max(float(stiff.eigenvalues.abs().max()), torch.finfo(torch.float64).tiny)
     spread = (valley.product_norms.square() - valley.rayleigh_quotients.square()).clamp_min(0).sqrt() / scale
     found = [
@@ -157,7 +165,7 @@ def find_modes(
     ]
     top_rows = len(stiff.vectors)
     roomy = max_vectors is None or 2 * top_rows + len(vectors) <= max_vectors
-    certification = certify(certifying, vectors, top=top_rows if roomy else 0)
+    certification = certify(certifying, vectors, top=top_rows, with_overlap=roomy)
     modes = tuple(
         Mode(
             name=f"{row.kind}_{row.rank:02d}",

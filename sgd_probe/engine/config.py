@@ -69,7 +69,7 @@ class ProbeConfig:
     microbatch: int | None = None
     second_derivatives: SecondDerivatives = "double_backward"
     tolerance: float = 1e-2
-    flat_dimension: int = 6
+    flat_dimension: int = 12
     flat_curvature: float = 0.01
     min_noise_share: float = 1e-3
     sampling: SamplingChoice = "auto"

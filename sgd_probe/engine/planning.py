@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sgd_probe.curvature.certify import MIN_BATCHES
 from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
+from sgd_probe.curvature.krylov import BLOCK_ROWS
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
 from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 
@@ -71,8 +72,9 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
 def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
     """Vectors of weights that are held at once while a window opens, at most.
 
-    Either the search holds most, with its basis, or the certification: the directions, where they came
-    from, and their images under two halves of the batches; those again for their noise.
+    Either the search holds most, with its basis and room for what is found after it, or the certification:
+    the directions, the images of the top ones under two halves of the batches where the basis had room for
+    them, and those of the others.
 
     Args:
         config: how many directions.
@@ -80,10 +82,10 @@ def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
         batches: in a curvature set.
     """
     rows = config.top + config.interior + config.flat
-    certifying = 4 * rows + 1
-    if batches >= MIN_BATCHES:
-        certifying += 4 * (rows - config.top if 2 * config.top + rows <= basis_vectors else rows)
-    return max(basis_vectors + config.interior + config.flat, certifying) + 3
+    overlap = 2 * config.top if 2 * config.top + rows <= basis_vectors else 0
+    mixed = rows - config.top if batches >= MIN_BATCHES else 0
+    searching = basis_vectors + config.interior + config.flat + BLOCK_ROWS - 1 + 3
+    return max(searching, rows + overlap + mixed + 4)
 
 
 def choose_curvature_batches(

@@ -172,9 +172,12 @@ def test_interior_modes_change_nothing_about_the_top_ones(
 ) -> None:
     seen: list[int] = []
     without, some = search(module, sets), search(module, sets, seen, interior=4)
-    assert torch.equal(without.vectors[:TOP], some.vectors[:TOP])
-    assert without.modes[:TOP] == some.modes[:TOP]
-    assert some.split_half_overlap == without.split_half_overlap
+    # To rounding: rows for the further modes are laid out beside the top ones, and sums are cut elsewhere.
+    torch.testing.assert_close(some.vectors[:TOP], without.vectors[:TOP], rtol=0, atol=1e-4)
+    for one, other in zip(without.modes[:TOP], some.modes[:TOP], strict=True):
+        assert (one.name, one.kind, one.converged) == (other.name, other.kind, other.converged)
+        assert other.certificate.eigenvalue == pytest.approx(one.certificate.eigenvalue, rel=1e-3)
+    assert some.split_half_overlap == pytest.approx(without.split_half_overlap, abs=1e-3)
     assert some.products - without.products == 2 + 4
     assert seen[-1] == some.products - (TOP + 4 + FLAT)
 
