@@ -1,0 +1,720 @@
+"""The discrete theory on a trained network: SGD from a true minimum, in all modes of its dense Hessian.
+
+Many seeds of SGD with replacement start at a minimum of an MLP on digits; the variance of each mode is
+compared with the discrete formula, with the Langevin equation and with the recursion of all modes together.
+What is measured and what came out is described in docs/theory.md. With ``--figure FOLDER`` it also draws the
+pictures of that page, for which chromium must be on PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn import functional as F
+
+from sgd_probe.theory import MinibatchSampling, SGDDynamics, SGDMode
+from sgd_probe.theory.closed_forms import growth_ratio
+
+Array = NDArray[np.float64]
+#: Discrete and Langevin variance, (records, p) each.
+Predictions = tuple[Array, Array]
+
+HIDDEN, DECAY = 12, 3e-3
+#: Steps of a run, and those after which positions are kept.
+STEPS = 100
+RECORDS = tuple(range(STEPS // 2, STEPS + 1, 5))
+#: Of the slope of D against eta.
+WINDOWS = (50, 100)
+#: Samples of a minibatch; eta lambda_1 of each run. The slow ones are those of D against eta.
+BATCH = 256
+SLOW = (0.02, 0.04, 0.08, 0.16, 0.32)
+SLOW_CASES = tuple((pull, BATCH) for pull in SLOW)
+HALF, ONE, FAST = (0.5, BATCH), (1.0, 4 * BATCH), (1.5, BATCH)
+NOISY, NOISIER, BOTH = (0.5, 64), (0.5, 16), (1.5, 64)
+QUICK_CASES = (*SLOW_CASES, HALF, ONE, FAST, NOISY)
+CASES = (*QUICK_CASES, NOISIER, BOTH)
+#: Boundaries of the groups of kappa = lambda eta T.
+EDGES = (0.0, 0.3, 1.0, 3.0, 10.0, math.inf)
+#: Modes with less than this share of the mean noise have none: they cannot move.
+NOISELESS = 1e-9
+#: Near-flat: kappa at most this, at the fastest of SLOW over the whole run.
+FLAT = 0.5
+STIFF = 6
+
+
+# The network and its minimum
+
+
+@dataclass(frozen=True, eq=False)
+class Minimum:
+    """A network at a minimum of its loss, and all about it that the theory needs. Everything in float64.
+
+    Attributes:
+        model: gives the architecture; its own weights are not used.
+        weights: theta_0 in the order of ``model.parameters()``, (p,).
+        inputs: all samples, (N, 64).
+        targets: classes, (N,).
+        gradient_norm: of the full loss at theta_0.
+        eigenvalues: of the Hessian of the full loss, descending, (p,).
+        vectors: their eigenvectors as columns, (p, p).
+    """
+
+    model: nn.Module
+    weights: Tensor
+    inputs: Tensor
+    targets: Tensor
+    gradient_norm: float
+    eigenvalues: Tensor
+    vectors: Tensor
+
+    def loss(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        return regularized(self.model, weights, inputs, targets)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Deviation of each sample's gradient from their mean, along each mode, (N, p)."""
+        each = vmap(grad(self.loss), in_dims=(None, 0, 0))
+        parts = zip(torch.split(self.inputs, 300), torch.split(self.targets, 300), strict=True)
+        rows = torch.cat([each(self.weights, x, y) for x, y in parts]) @ self.vectors
+        return rows - rows.mean(0)
+
+    @cached_property
+    def noise_variance(self) -> Array:
+        """S^2 of each mode: variance over the samples, which are all there is to draw from, (p,)."""
+        return np.asarray(self.noise.square().mean(0).numpy())
+
+    @cached_property
+    def hessian_variance(self) -> Array:
+        """s^2 of the ``STIFF`` stiffest modes: variance of v.H_i v over the samples, (``STIFF``,)."""
+        parts = list(zip(torch.split(self.inputs, 300), torch.split(self.targets, 300), strict=True))
+
+        def quotient(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            gradient = grad(lambda there: self.loss(there, x, y))
+            found: Tensor = vector @ jvp(gradient, (self.weights,), (vector,))[1]
+            return found
+
+        each = vmap(quotient, in_dims=(None, 0, 0))
+        rows = [torch.cat([each(vector, x, y) for x, y in parts]) for vector in self.vectors.T[:STIFF]]
+        return np.asarray(torch.stack(rows).var(1, correction=0).numpy())
+
+    @property
+    def noisy(self) -> NDArray[np.bool_]:
+        """Modes that count, (p,)."""
+        return np.asarray(self.noise_variance >= NOISELESS * self.noise_variance.mean())
+
+    def rate(self, pull: float) -> float:
+        """The learning rate with this eta lambda_1."""
+        return pull / float(self.eigenvalues[0])
+
+
+def regularized(model: nn.Module, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy plus the L2 term whose gradient is ``DECAY`` times the weights: coupled weight decay."""
+    shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    pieces = torch.split(weights, [shape.numel() for _, shape in shapes])
+    named = {name: piece.view(shape) for (name, shape), piece in zip(shapes, pieces, strict=True)}
+    penalty = DECAY / 2 * weights @ weights
+    return F.cross_entropy(functional_call(model, named, (inputs,)), targets) + penalty
+
+
+def dense_hessian(loss: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
+    """All second derivatives, column by column, (p, p)."""
+
+    def product(vector: Tensor) -> Tensor:
+        found: Tensor = jvp(grad(loss), (weights,), (vector,))[1]
+        return found
+
+    return vmap(product, chunk_size=32)(torch.eye(len(weights), dtype=weights.dtype))
+
+
+def find_minimum() -> Minimum:
+    """Full-batch L-BFGS, then a step of Newton to the last digits.
+
+    Raises:
+        RuntimeError: it ended at a saddle.
+    """
+    digits = load_digits()
+    inputs = torch.tensor(digits.data, dtype=torch.float64) / 16
+    inputs, targets = inputs - inputs.mean(0), torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
+
+    def loss(weights: Tensor) -> Tensor:
+        return regularized(model, weights, inputs, targets)
+
+    weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=5_000,
+        max_eval=10_000,
+        tolerance_grad=1e-8,
+        tolerance_change=0.0,
+        history_size=60,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(weights)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    found = weights.detach()
+    found = found - torch.linalg.solve(dense_hessian(loss, found), grad(loss)(found))
+    curvature = dense_hessian(loss, found)
+    values, vectors = torch.linalg.eigh((curvature + curvature.T) / 2)
+    if not values[0] > 0:
+        raise RuntimeError(f"expected a minimum, found a saddle with the eigenvalue {values[0]:.3g}")
+    norm = float(grad(loss)(found).norm())
+    return Minimum(model, found, inputs, targets, norm, values.flip(0), vectors.flip(1))
+
+
+# Measured
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Many seeds of SGD from the minimum.
+
+    Attributes:
+        rate: eta.
+        batch: samples of a minibatch, drawn with replacement.
+        positions: v.(theta_t - theta_0) after the steps ``RECORDS``, (records, seeds, p).
+        ends: theta_T - theta_0 of the first seeds, (at most 16, p).
+    """
+
+    rate: float
+    batch: int
+    positions: Array
+    ends: Tensor
+
+
+def descend(minimum: Minimum, rate: float, batch: int, seeds: int, generator: torch.Generator) -> Run:
+    """All seeds at once in float32: what torch.optim.SGD does, on stacked weights."""
+    weights, inputs = minimum.weights.float(), minimum.inputs.float()
+    step = vmap(grad(lambda moved, x, y: minimum.loss(weights + moved, x, y)))
+    moved = torch.zeros(seeds, len(weights))
+    positions = []
+    for t in range(1, STEPS + 1):
+        drawn = torch.randint(len(inputs), (seeds, batch), generator=generator)
+        moved = moved - rate * step(moved, inputs[drawn], minimum.targets[drawn])
+        if t in RECORDS:
+            positions.append((moved.double() @ minimum.vectors).numpy())
+    return Run(rate, batch, np.stack(positions), moved[:16].double())
+
+
+def late_curvature(minimum: Minimum, run: Run) -> Array:
+    """v.Hv of the ``STIFF`` stiffest modes where runs have ended: the mean over the first seeds."""
+    inputs, vectors = minimum.inputs.float(), minimum.vectors[:, :STIFF].float()
+
+    def product(there: Tensor, vector: Tensor) -> Tensor:
+        gradient = grad(lambda moved: minimum.loss(moved, inputs, minimum.targets))
+        found: Tensor = jvp(gradient, (there,), (vector,))[1]
+        return found
+
+    ends = (minimum.weights + run.ends).float()
+    products = torch.stack([vmap(product, in_dims=(None, 1))(there, vectors) for there in ends])
+    return np.asarray((products * vectors.T).sum(2).mean(0).double().numpy())
+
+
+# Predicted
+
+
+def predict(minimum: Minimum, rate: float, batch: int, eigenvalues: Array | None = None) -> Predictions:
+    """Variance of each mode by itself after ``RECORDS``, discrete and by Langevin, NaN for those left out.
+
+    Args:
+        minimum: the network.
+        rate: eta.
+        batch: samples of a minibatch.
+        eigenvalues: of the first so many modes, where not those of the minimum.
+    """
+    values = minimum.eigenvalues.numpy() if eigenvalues is None else eigenvalues
+    sampling, dynamics = MinibatchSampling(batch_size=batch), SGDDynamics(rate)
+    discrete, langevin = np.full((2, len(RECORDS), len(minimum.noisy)), np.nan)
+    for k in np.flatnonzero(minimum.noisy[: len(values)]):
+        noise = sampling.noise_variance(float(minimum.noise_variance[k]))
+        mode = SGDMode(float(values[k]), noise, dynamics, sampling)
+        discrete[:, k] = mode.moments(STEPS).variance[list(RECORDS)]
+        langevin[:, k] = mode.langevin().moments(STEPS).variance[list(RECORDS)]
+    return discrete, langevin
+
+
+def share_of_own_hessian_noise(minimum: Minimum, rate: float, batch: int) -> float:
+    """By how much a mode's own s^2 raises the discrete prediction, at most among the stiffest."""
+    sampling, dynamics, found = MinibatchSampling(batch_size=batch), SGDDynamics(rate), []
+    for k, spread in enumerate(minimum.hessian_variance):
+        value, noise = (
+            float(minimum.eigenvalues[k]),
+            sampling.noise_variance(float(minimum.noise_variance[k])),
+        )
+        plain = SGDMode(value, noise, dynamics, sampling)
+        with_spread = replace(plain, hessian_variance=sampling.noise_variance(float(spread)))
+        found.append(with_spread.variance(STEPS) / plain.variance(STEPS) - 1)
+    return max(found)
+
+
+def predict_together(
+    minimum: Minimum, rate: float, batch: int, generator: torch.Generator, every: int = 5
+) -> Array:
+    """Variance of all modes together after ``RECORDS``, (records, p): they heat each other.
+
+    ``V_k' = (1 - eta lambda_k)^2 V_k + (eta^2 / B) (S_k^2 + Var_i(v_k.H_i z))``, H_i the Hessian of one
+    sample and z a draw of the weights with these variances, uncorrelated. The last term is a Monte Carlo over
+    all samples, one z each, renewed every few steps. Every sample's loss is still quadratic.
+    """
+    weights, inputs, vectors = minimum.weights.float(), minimum.inputs.float(), minimum.vectors.float()
+    values, noise = minimum.eigenvalues.float(), minimum.noise.float().square().mean(0)
+
+    def product(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = jvp(lambda there: grad(minimum.loss)(there, x, y), (weights,), (vector,))[1]
+        return found
+
+    variance, heat, kept = torch.zeros_like(values), torch.zeros_like(values), []
+    for t in range(1, STEPS + 1):
+        if t % every == 1:
+            drawn = variance.sqrt() * torch.randn(len(inputs), len(values), generator=generator)
+            parts = zip(
+                torch.split(drawn @ vectors.T, 300),
+                torch.split(inputs, 300),
+                torch.split(minimum.targets, 300),
+                strict=True,
+            )
+            rows = torch.cat([vmap(product)(*part) for part in parts])
+            heat = (rows @ vectors - values * drawn).square().mean(0)
+        variance = (1 - rate * values) ** 2 * variance + rate**2 / batch * (noise + heat)
+        if t in RECORDS:
+            kept.append(variance.double().numpy())
+    return np.stack(kept)
+
+
+# Compared
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95% interval, by bootstrap over seeds: modes share their noise."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, seeds: Array) -> Estimate:
+        means = resampled(seeds)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return cls(float(seeds.mean()), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def resampled(seeds: Array, seed: int = 0, times: int = 2_000) -> Array:
+    """Means of bootstrap samples of one number a seed, (times,)."""
+    rng = np.random.default_rng(seed)
+    return np.asarray(seeds[rng.integers(len(seeds), size=(times, len(seeds)))].mean(1))
+
+
+def ratio(run: Run, predicted: Array, modes: NDArray[np.bool_]) -> Array:
+    """Measured over predicted variance as one number a seed, (seeds,): the mean over modes and ``RECORDS``.
+
+    The measured variance is that around the mean over seeds, unbiased.
+    """
+    found = run.positions[:, :, modes]
+    seeds = found.shape[1]
+    squares = (found - found.mean(1, keepdims=True)) ** 2 * seeds / (seeds - 1)
+    return np.asarray((squares / predicted[:, None, modes]).mean((0, 2)))
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Measured over predicted variance in some modes.
+
+    Attributes:
+        kappa: lambda eta T, the smallest and the largest of the modes.
+        modes: how many.
+        discrete: over the formula of each mode by itself.
+        langevin: over that of the Langevin equation.
+        together: over the recursion of all modes; None where that was not computed.
+    """
+
+    kappa: tuple[float, float]
+    modes: int
+    discrete: Estimate
+    langevin: Estimate
+    together: Estimate | None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A learning rate and a batch size.
+
+    Attributes:
+        pull: eta lambda_1.
+        run: measured.
+        groups: by kappa, those that have modes.
+        stiff: the stiffest modes one by one.
+        late_pulls: eta v.Hv of those where runs have ended, (``STIFF``,).
+        late: their variance over the discrete formula with that curvature.
+        own_hessian_noise: share by which s^2 would raise the discrete prediction, at most in those.
+    """
+
+    pull: float
+    run: Run
+    groups: list[Ratios]
+    stiff: list[Ratios]
+    late_pulls: Array
+    late: list[Estimate]
+    own_hessian_noise: float
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """D per unit time of the near-flat modes over a window of so many steps.
+
+    Attributes:
+        window: steps.
+        modes: how many are near-flat.
+        points: measured, one a learning rate; the mean over modes.
+        theory: ``eta sigma^2 / 2``, the same mean.
+        slope: of log D against log eta; the interval is that of points with seeds of their own.
+    """
+
+    window: int
+    modes: int
+    points: list[Estimate]
+    theory: list[float]
+    slope: Estimate
+
+
+def compare(minimum: Minimum, pull: float, run: Run, generator: torch.Generator, every: int | None) -> Case:
+    """Hold a run against theory; ``every`` is that of :func:`predict_together`, None to do without."""
+    discrete, langevin = predict(minimum, run.rate, run.batch)
+    together = predict_together(minimum, run.rate, run.batch, generator, every) if every else None
+    kappa = minimum.eigenvalues.numpy() * run.rate * STEPS
+
+    def ratios(chosen: NDArray[np.bool_]) -> Ratios:
+        return Ratios(
+            kappa=(float(kappa[chosen].min()), float(kappa[chosen].max())),
+            modes=int(chosen.sum()),
+            discrete=Estimate.of(ratio(run, discrete, chosen)),
+            langevin=Estimate.of(ratio(run, langevin, chosen)),
+            together=None if together is None else Estimate.of(ratio(run, together, chosen)),
+        )
+
+    bins = [minimum.noisy & (kappa >= low) & (kappa < high) for low, high in pairwise(EDGES)]
+    each = [np.arange(len(kappa)) == k for k in range(STIFF)]
+    curvature = late_curvature(minimum, run)
+    late = predict(minimum, run.rate, run.batch, curvature)[0]
+    return Case(
+        pull=pull,
+        run=run,
+        groups=[ratios(chosen) for chosen in bins if chosen.any()],
+        stiff=[ratios(chosen) for chosen in each],
+        late_pulls=curvature * run.rate,
+        late=[Estimate.of(ratio(run, late, chosen)) for chosen in each],
+        own_hessian_noise=share_of_own_hessian_noise(minimum, run.rate, run.batch),
+    )
+
+
+def diffusion(minimum: Minimum, runs: Sequence[Run], window: int) -> Diffusion:
+    """From squared displacements, each mode's divided by what its kappa leaves of free diffusion.
+
+    That share is the growth ratio, ``(1 - a^(2 t)) / ((1 - a^2) t)``.
+    """
+    values = minimum.eigenvalues.numpy()
+    flat = minimum.noisy & (values * max(run.rate for run in runs) * STEPS <= FLAT)
+    noise = float(minimum.noise_variance[flat].mean())
+    measured = []
+    for run in runs:
+        share = np.array(
+            [growth_ratio(float(value), window, SGDDynamics(run.rate)) for value in values[flat]]
+        )
+        squares = run.positions[RECORDS.index(window)][:, flat] ** 2
+        measured.append((squares / share).mean(1) / (2 * window * run.rate))
+    logs = np.log([run.rate for run in runs])
+
+    def slope(points: Array) -> Array:
+        return np.asarray(np.polyfit(logs, np.log(points), 1)[0])
+
+    # Seeds of one learning rate have nothing to do with those of the next: each is resampled by itself.
+    low, high = np.quantile(
+        slope(np.stack([resampled(each, seed) for seed, each in enumerate(measured)])), [0.025, 0.975]
+    )
+    return Diffusion(
+        window=window,
+        modes=int(flat.sum()),
+        points=[Estimate.of(each) for each in measured],
+        theory=[run.rate * noise / run.batch / 2 for run in runs],
+        slope=Estimate(float(slope(np.array([each.mean() for each in measured]))), float(low), float(high)),
+    )
+
+
+# The report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer seeds, less noise, under a minute")
+    parser.add_argument("--json", action="store_true", help="print a summary as the last line")
+    parser.add_argument(
+        "--figure", type=Path, metavar="FOLDER", help="write the pictures of docs/theory.md there"
+    )
+    parser.add_argument("--seeds", type=int, help="runs of each learning rate (512, or 32 with --quick)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    seeds = options.seeds or (32 if options.quick else 512)
+    if seeds < 2:
+        parser.error(f"expected at least two seeds, found {seeds}: a variance needs them")
+    started = time.perf_counter()
+    minimum = find_minimum()
+    _print_minimum(minimum, seeds)
+    cases: dict[tuple[float, int], Case] = {}
+    for index, (pull, batch) in enumerate(QUICK_CASES if options.quick else CASES):
+        generator = torch.Generator().manual_seed(1_000 * options.seed + index)
+        run = descend(minimum, minimum.rate(pull), batch, seeds, generator)
+        every = None if pull in SLOW else 20 if options.quick else 5
+        cases[pull, batch] = compare(minimum, pull, run, generator, every)
+        _print_case(cases[pull, batch])
+    lines = [diffusion(minimum, [cases[key].run for key in SLOW_CASES], window) for window in WINDOWS]
+    _print_diffusion(lines)
+    if options.figure:
+        options.figure.mkdir(parents=True, exist_ok=True)
+        _ratio_figure(cases, options.figure / "theory-network-variance.png")
+        _mode_figure(cases, lines, options.figure / "theory-network-modes.png")
+    if options.json:
+        print(json.dumps(_summary(minimum, cases, lines, seeds, time.perf_counter() - started)))
+    return 0
+
+
+def _print_minimum(minimum: Minimum, seeds: int) -> None:
+    values = minimum.eigenvalues.numpy()
+    print(
+        f"MLP on digits, {len(values)} weights, |gradient| {minimum.gradient_norm:.1g}; eigenvalues from "
+        f"{values[0]:.3g} to {values[-1]:.2g}, median {np.median(values):.2g}\n"
+        f"{minimum.noisy.sum()} modes; {(~minimum.noisy).sum()} have no noise and are left "
+        f"out\n{seeds} seeds of {STEPS} steps; measured over predicted variance, mean over "
+        f"steps {RECORDS[0]} to {RECORDS[-1]} [95% interval over seeds]"
+    )
+
+
+def _print_case(case: Case) -> None:
+    print(f"\neta lambda_1 = {case.pull:g}, batch {case.run.batch}")
+    print(f"  {'kappa':<14} {'modes':>5}  {'discrete':<21}  {'Langevin':<21}  all modes together")
+    for group in case.groups:
+        print(f"  {_span(group.kappa):<14} {group.modes:>5}  {_columns(group)}")
+    if case.pull >= 1:
+        print(
+            f"  {'eta lambda':<10} {'at the end':>10}  {'discrete':<21}  {'Langevin':<21}  "
+            f"{'all modes together':<21}  by the end's"
+        )
+        for k, (mode, late) in enumerate(zip(case.stiff, case.late, strict=True)):
+            print(
+                f"  {mode.kappa[0] / STEPS:<10.3f} {case.late_pulls[k]:>10.3f}  {_columns(mode):<67}  {late}"
+            )
+    print(f"  s^2 of a mode by itself would add at most {case.own_hessian_noise:.1%}", flush=True)
+
+
+def _span(kappa: tuple[float, float]) -> str:
+    return f"{kappa[0]:.2g} to {kappa[1]:.2g}"
+
+
+def _columns(ratios: Ratios) -> str:
+    shown = [str(ratios.discrete), str(ratios.langevin), str(ratios.together or "")]
+    return "  ".join(f"{each:<21}" for each in shown).rstrip()
+
+
+def _print_diffusion(lines: list[Diffusion]) -> None:
+    for line in lines:
+        print(f"\nD per unit time over {line.window} steps, {line.modes} near-flat modes: slope {line.slope}")
+        for pull, point, theory in zip(SLOW, line.points, line.theory, strict=True):
+            found = Estimate(point.value / theory, point.low / theory, point.high / theory)
+            print(f"  eta lambda_1 = {pull:<5g} D {point.value:.4g}, over eta sigma^2 / 2: {found}")
+
+
+def _summary(
+    minimum: Minimum, cases: dict[tuple[float, int], Case], lines: list[Diffusion], seeds: int, seconds: float
+) -> dict[str, Any]:
+    return {
+        "weights": len(minimum.weights),
+        "modes": int(minimum.noisy.sum()),
+        "gradient_norm": minimum.gradient_norm,
+        "seeds": seeds,
+        "cases": [
+            {
+                "pull": case.pull,
+                "batch": case.run.batch,
+                "groups": [_row(group) for group in case.groups],
+                "stiff": [_row(mode) for mode in case.stiff],
+                "own_hessian_noise": round(case.own_hessian_noise, 4),
+                "late_pulls": case.late_pulls.round(4).tolist(),
+            }
+            for case in cases.values()
+        ],
+        "slopes": {line.window: _numbers(line.slope) for line in lines},
+        "near_flat_modes": lines[0].modes,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _row(ratios: Ratios) -> dict[str, Any]:
+    named = {name: getattr(ratios, name) for name in ("discrete", "langevin", "together")}
+    known = {name: _numbers(each) for name, each in named.items() if each}
+    return {"kappa": [float(f"{each:.4g}") for each in ratios.kappa], "modes": ratios.modes, **known}
+
+
+def _numbers(estimate: Estimate) -> list[float]:
+    return [round(each, 4) for each in (estimate.value, estimate.low, estimate.high)]
+
+
+# The pictures
+
+BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#7a7a7a"
+LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "font": {"size": 15, "color": "#222"},
+    "margin": {"l": 80, "r": 30, "t": 45, "b": 70},
+}
+
+
+def _ratio_figure(cases: dict[tuple[float, int], Case], path: Path) -> None:
+    """Measured over predicted variance against kappa: four cases, three predictions."""
+    from plotly.subplots import make_subplots
+
+    chosen = (HALF, ONE, FAST, NOISY)
+    titles = [f"η λ₁ = {pull:g}, batch {batch}" for pull, batch in chosen]
+    figure = make_subplots(2, 2, subplot_titles=titles, shared_xaxes=True, vertical_spacing=0.1)
+    for index, key in enumerate(chosen):
+        row, column = divmod(index, 2)
+        place = {"row": row + 1, "col": column + 1}
+        groups = cases[key].groups
+        for name, colour, symbol, shift, estimates in (
+            ("Langevin", ORANGE, "diamond", 1.0, [group.langevin for group in groups]),
+            ("discrete, each mode by itself", BLUE, "circle", 1.12, [group.discrete for group in groups]),
+            ("discrete, all modes together", GREEN, "square", 0.89, [group.together for group in groups]),
+        ):
+            figure.add_scatter(
+                x=[shift * math.sqrt(max(group.kappa[0], 1e-2) * group.kappa[1]) for group in groups],
+                error_y=_bars(estimates),
+                y=[each.value for each in estimates if each],
+                name=name,
+                mode="markers+lines",
+                line={"width": 1, "color": colour},
+                marker={"color": colour, "symbol": symbol, "size": 9},
+                showlegend=index == 0,
+                **place,
+            )
+        figure.add_hrect(y0=0.9, y1=1.1, fillcolor="#dfe7ee", line_width=0, layer="below", **place)
+        figure.add_hline(y=1, line={"color": GREY, "width": 1}, **place)
+    figure.update_layout(**LAYOUT)
+    figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0.12})
+    figure.update_xaxes(type="log", dtick=1)
+    figure.update_xaxes(title="κ = λ η T", row=2)
+    figure.update_yaxes(
+        type="log", range=[math.log10(0.85), math.log10(2.0)], tickvals=[0.9, 1, 1.1, 1.25, 1.5, 1.75, 2]
+    )
+    figure.update_yaxes(title="measured / predicted", col=1)
+    _picture(figure, path, (1100, 800))
+
+
+def _mode_figure(cases: dict[tuple[float, int], Case], lines: list[Diffusion], path: Path) -> None:
+    """Left: the stiffest modes over Langevin. Right: D of near-flat modes against the learning rate."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        1, 2, subplot_titles=["Stiff modes: variance over Langevin's", "Near-flat modes: D per unit time"]
+    )
+    pulls = np.linspace(0.02, 1.55, 100)
+    figure.add_scatter(
+        x=pulls, y=2 / (2 - pulls), name="2 / (2 − η λ)", line={"color": BLUE, "width": 2.5}, row=1, col=1
+    )
+    figure.add_hline(y=1, line={"color": ORANGE, "width": 2, "dash": "dot"}, row=1, col=1)
+    figure.add_annotation(
+        x=1.4, y=0.9, text="Langevin", font={"color": ORANGE}, showarrow=False, row=1, col=1
+    )
+    for key, symbol in ((HALF, "circle"), (ONE, "square"), (FAST, "diamond")):
+        modes = cases[key].stiff
+        figure.add_scatter(
+            x=[mode.kappa[0] / STEPS for mode in modes],
+            y=[mode.langevin.value for mode in modes],
+            error_y=_bars([mode.langevin for mode in modes]),
+            name=f"measured, η λ₁ = {key[0]:g}, batch {key[1]}",
+            mode="markers",
+            marker={"color": "black", "symbol": symbol, "size": 8},
+            row=1,
+            col=1,
+        )
+    rates = [cases[key].run.rate for key in SLOW_CASES]
+    looks = ({"color": ORANGE, "size": 9}, {"color": BLUE, "size": 16, "symbol": "diamond-open"})
+    for line, look in zip(lines, looks, strict=True):
+        figure.add_scatter(
+            x=rates,
+            y=[point.value for point in line.points],
+            error_y=_bars(line.points),
+            name=f"{line.window} steps: slope {line.slope}",
+            mode="markers",
+            marker=look,
+            row=1,
+            col=2,
+        )
+    figure.add_scatter(
+        x=rates,
+        y=lines[0].theory,
+        name="η σ² / 2",
+        mode="lines",
+        line={"color": GREY, "width": 2},
+        row=1,
+        col=2,
+    )
+    figure.update_layout(**LAYOUT)
+    figure.update_layout(legend={"orientation": "h", "y": -0.18, "x": 0})
+    figure.update_xaxes(title="η λ", row=1, col=1)
+    figure.update_yaxes(title="V / V<sub>Langevin</sub>", range=[0.7, 5], row=1, col=1)
+    figure.update_xaxes(title="η", type="log", tickvals=[0.05, 0.1, 0.2, 0.5, 1], row=1, col=2)
+    figure.update_yaxes(title="D per unit of η t", type="log", dtick=1, exponentformat="power", row=1, col=2)
+    _picture(figure, path, (1200, 640))
+
+
+def _bars(estimates: Sequence[Estimate | None]) -> dict[str, Any]:
+    """Error bars for estimates: their 95% intervals."""
+    known = [each for each in estimates if each]
+    return {
+        "symmetric": False,
+        "array": [each.high - each.value for each in known],
+        "arrayminus": [each.value - each.low for each in known],
+    }
+
+
+def _picture(figure: Any, path: Path, size: tuple[int, int]) -> None:
+    figure.update_layout(width=size[0], height=size[1])
+    screenshot = Path(__file__).resolve().parent.parent / "docs" / "screenshot.py"
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "figure.html"
+        html = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
+        page.write_text(
+            html.replace("<head>", "<head><style>body { margin: 0 }</style>", 1), encoding="utf-8"
+        )
+        shape = f"{size[0]},{size[1]}"
+        subprocess.run([sys.executable, str(screenshot), str(page), str(path), "--size", shape], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
