@@ -1,42 +1,113 @@
 """What a window remembers of its steps: running sums, and nothing else.
 
-For every mode the pair (x, g) of each step, displacement before the step and gradient used by it,
-enters a handful of sums; displacements enter at dyadic lags. Memory does not grow with the window.
+For every mode the pair (x, g) of each step, displacement before the step and gradient used by it, enters a
+handful of sums, products with the few steps before included; displacements enter at dyadic lags. Memory does
+not grow with the window.
+
+Without replacement the noise of a step is anticorrelated with all earlier noise of its epoch. What enters the
+sums are then innovations: each quantity with its best prediction from the epoch so far taken off, divided by
+the standard deviation that is left, so that ordinary least squares on them is generalised least squares on
+the steps (finite-population sampling: Cochran, Sampling Techniques, chapter 2).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from sgd_probe.dynamics.regression import AHEAD, COLUMNS, GRADIENT, ONE, TIME, Regression, X, least_squares
 
 Array = NDArray[np.float64]
+
+#: Products of a step with so many steps before it are kept.
+LAGS = 4
+#: Parts of the window whose sums are kept apart, to see noise that fades.
+PARTS = 4
+#: Where less than this share of a batch is left in the epoch after a step, its noise is known beforehand.
+_SMALLEST_REST = 0.25
+
+
+class Draw(NamedTuple):
+    """How the minibatch of a step was drawn.
+
+    Attributes:
+        batches: steps an epoch as a real number, ``N / (A B)``; infinity with replacement.
+        share: samples of this step's minibatch over those of a full one (a partial last batch: below 1).
+        first: this step is the first of its epoch.
+        fresh: share of the noise that is drawn anew each time a sample is seen (augmentation, dropout).
+    """
+
+    batches: float = math.inf
+    share: float = 1.0
+    first: bool = False
+    fresh: float = 0.0
+
+    @property
+    def memory(self) -> float:
+        """``g`` of the noise's covariance ``diag(1 / share) - g 1 1^T`` within an epoch."""
+        return (1 - self.fresh) / self.batches
 
 
 @dataclass(frozen=True)
 class WindowStatistics:
     """Sums over the used steps t = 0 .. steps - 1 of a window, one number per mode (shape (k,)).
 
+    Where steps are drawn without replacement, x, g, t and the constant 1 below are their innovations.
+
     Attributes:
         steps: used steps.
         skipped: steps left out.
+        informative: used steps whose noise was not known beforehand: all of them with replacement, all but an
+            epoch's last without.
+        planned: steps for which the window was opened.
+        sum_1, sum_t, sum_tt: sums of 1, t, t^2, single numbers.
         sum_x ... sum_tg: sums of x, x^2, g, g^2, x g, t x, t g.
-        sum_g3: sum of g^3.
-        sum_g4: sum of g^4.
+        sum_g1, sum_g2, sum_g3, sum_g4: sums of the powers of g itself, innovation or not (times the square
+            root of the share of a partial batch, whose noise is larger).
+        lagged: sums of products of (1, t, x, g) of a step (second axis) with those j = 1 .. LAGS steps later
+            (third axis), shape (LAGS, 4, 4, k).
+        history: (1, t, x, g) of the last LAGS steps, newest first, shape (LAGS, 4, k).
+        edges: products of (1, t, x, g) with themselves at the first step of each merged stretch and the last
+            of all but the last one, shape (4, 4, k).
+        parts: this sum and its first lag at the end of each part of the planned length, with the steps and
+            the diffusion clock there.
         learning_rates: sum of nominal learning rates.
         confinement_clock: sum of effective learning rates (L).
         diffusion_clock: sum of their squares (S2).
+        draw: how the last step was drawn.
+        epochs: whole epochs seen from their first step.
+        epoch: what the running epoch remembers.
+        epoch_products: products of the sums of (1, x, g) over whole epochs, shape (3, 3, k).
+        past_clock: variance of a flat mode's displacement over all epochs before this one, in units of the
+            noise variance that an innovation has.
+        force: sums of 1, u, g, u^2, u g and g^2 over the steps that had u = (Hv).(theta - theta_0), shape
+            (6, k).
+        start: displacement before the first used step.
         position: displacement after the last used step.
         lag_position: displacement at the last multiple of 2^j steps, shape (levels, k).
+        lag_clock: diffusion clock there, shape (levels,).
         lag_square: sum of squared non-overlapping displacements over 2^j steps, shape (levels, k).
+        lag_net: sum of those displacements, shape (levels, k).
+        lag_elapsed: diffusion clock that they span, shape (levels,).
+        lag_spread: sum of the squares of what each spans, shape (levels,).
         lag_count: how many of them, shape (levels,).
     """
 
     steps: int
     skipped: int
+    informative: int
+    planned: int
+    sum_1: float
+    sum_t: float
+    sum_tt: float
     sum_x: Array
     sum_xx: Array
     sum_g: Array
@@ -44,20 +115,65 @@ class WindowStatistics:
     sum_xg: Array
     sum_tx: Array
     sum_tg: Array
+    sum_g1: Array
+    sum_g2: Array
     sum_g3: Array
     sum_g4: Array
+    lagged: Array
+    history: Array
+    edges: Array
+    parts: tuple[Part, ...]
     learning_rates: float
     confinement_clock: float
     diffusion_clock: float
+    draw: Draw
+    epochs: int
+    epoch: Epoch
+    epoch_products: Array
+    past_clock: float
+    force: Array
+    start: Array
     position: Array
     lag_position: Array
+    lag_clock: Array
     lag_square: Array
+    lag_net: Array
+    lag_elapsed: Array
+    lag_spread: Array
     lag_count: NDArray[np.int64]
+
+    @property
+    def modes(self) -> int:
+        """Number of modes k."""
+        return len(self.position)
 
     @property
     def equal_steps(self) -> float:
         """Steps of one size that would drive both clocks as far: L^2 / S2; 0 where nothing moved."""
         return self.confinement_clock**2 / self.diffusion_clock if self.diffusion_clock > 0 else 0.0
+
+    @property
+    def noise_units(self) -> float:
+        """Variance of a full step's noise over that of an innovation: ``1 - g``; 1 with replacement."""
+        return 1 - self.draw.memory
+
+    @property
+    def lag_equal(self) -> Array:
+        """Displacements over equal spans of the clock that would be as precise, shape (levels,).
+
+        Under a schedule fewer than there are: those while the learning rate is high decide.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            equal = self.lag_elapsed**2 / self.lag_spread
+        return np.where(self.lag_spread > 0, equal, self.lag_count)
+
+    @property
+    def displacement_clock(self) -> float:
+        """Variance of a flat mode's net displacement in units of an innovation's noise: S2 with replacement.
+
+        Without momentum, under any schedule; momentum lags behind by a few of its memories.
+        """
+        return self.past_clock + self.epoch.displacement(self.draw)
 
     @classmethod
     def empty(cls, modes: int, planned_steps: int) -> WindowStatistics:
@@ -67,18 +183,45 @@ class WindowStatistics:
         return cls(
             steps=0,
             skipped=0,
-            **{name: zeros for name in _SUMS},
+            informative=0,
+            planned=planned_steps,
+            sum_1=0.0,
+            sum_t=0.0,
+            sum_tt=0.0,
+            **dict.fromkeys(_SUMS, zeros),
+            lagged=np.zeros((LAGS, COLUMNS, COLUMNS, modes)),
+            history=np.zeros((LAGS, COLUMNS, modes)),
+            edges=np.zeros((COLUMNS, COLUMNS, modes)),
+            parts=(),
             learning_rates=0.0,
             confinement_clock=0.0,
             diffusion_clock=0.0,
+            draw=Draw(),
+            epochs=0,
+            epoch=Epoch.of(modes, whole=False),
+            epoch_products=np.zeros((3, 3, modes)),
+            past_clock=0.0,
+            force=np.zeros((6, modes)),
+            start=zeros,
             position=zeros,
             lag_position=np.zeros((levels, modes)),
+            lag_clock=np.zeros(levels),
             lag_square=np.zeros((levels, modes)),
+            lag_net=np.zeros((levels, modes)),
+            lag_elapsed=np.zeros(levels),
+            lag_spread=np.zeros(levels),
             lag_count=np.zeros(levels, dtype=np.int64),
         )
 
     def update(
-        self, x: Array, g: Array, x_after: Array, learning_rate: float, effective_learning_rate: float
+        self,
+        x: Array,
+        g: Array,
+        x_after: Array,
+        learning_rate: float,
+        effective_learning_rate: float,
+        u: Array | None = None,
+        draw: Draw = Draw(),  # noqa: B008  (immutable)
     ) -> WindowStatistics:
         """Take one step in.
 
@@ -88,86 +231,327 @@ class WindowStatistics:
             x_after: displacement after it, shape (k,).
             learning_rate: nominal learning rate of the step.
             effective_learning_rate: with momentum and dampening.
+            u: (Hv).(theta - theta_0) before the step where it is known, shape (k,).
+            draw: how its minibatch was drawn.
         """
-        steps, gg = self.steps + 1, g * g
-        lag_position, lag_square, lag_count = self.lag_position, self.lag_square, self.lag_count
-        # Level j is due when 2^j divides the step count: as many levels as it has trailing zeros.
-        due = min((steps & -steps).bit_length(), len(lag_count))
-        lag_position, lag_square, lag_count = lag_position.copy(), lag_square.copy(), lag_count.copy()
-        lag_square[:due] += (x_after - lag_position[:due]) ** 2
-        lag_position[:due] = x_after
-        lag_count[:due] += 1
-        return WindowStatistics(
+        now = np.empty((COLUMNS, len(x)))
+        now[ONE], now[TIME], now[X], now[GRADIENT] = 1.0, self.steps, x, g
+        epoch, ended = self._epoch_for(draw)
+        if math.isfinite(draw.batches):
+            epoch, now = epoch.innovate(now, draw)
+        epoch = epoch._replace(
+            squared_rates=epoch.squared_rates + effective_learning_rate**2 / draw.share,
+            rates=epoch.rates + effective_learning_rate,
+        )
+        one, time, x_now, g_now = float(now[ONE, 0]) if len(x) else 1.0, now[TIME], now[X], now[GRADIENT]
+        at = float(time[0]) if len(x) else float(self.steps)
+        even = g if draw.share == 1 else g * math.sqrt(draw.share)
+        gg = even * even
+        steps, square = self.steps + 1, self.diffusion_clock + effective_learning_rate**2
+        found = WindowStatistics(
             steps=steps,
             skipped=self.skipped,
-            sum_x=self.sum_x + x,
-            sum_xx=self.sum_xx + x * x,
-            sum_g=self.sum_g + g,
-            sum_gg=self.sum_gg + gg,
-            sum_xg=self.sum_xg + x * g,
-            sum_tx=self.sum_tx + self.steps * x,
-            sum_tg=self.sum_tg + self.steps * g,
-            sum_g3=self.sum_g3 + gg * g,
+            informative=self.informative + (one > 0),
+            planned=self.planned,
+            sum_1=self.sum_1 + one * one,
+            sum_t=self.sum_t + one * at,
+            sum_tt=self.sum_tt + at * at,
+            sum_x=self.sum_x + one * x_now,
+            sum_xx=self.sum_xx + x_now * x_now,
+            sum_g=self.sum_g + one * g_now,
+            sum_gg=self.sum_gg + g_now * g_now,
+            sum_xg=self.sum_xg + x_now * g_now,
+            sum_tx=self.sum_tx + at * x_now,
+            sum_tg=self.sum_tg + at * g_now,
+            sum_g1=self.sum_g1 + even,
+            sum_g2=self.sum_g2 + gg,
+            sum_g3=self.sum_g3 + gg * even,
             sum_g4=self.sum_g4 + gg * gg,
+            lagged=self.lagged + self.history[:, :, None] * now,
+            history=np.concatenate((now[None], self.history[:-1])),
+            edges=self.edges if self.steps else self.edges + now[:, None] * now,
+            parts=self.parts,
             learning_rates=self.learning_rates + learning_rate,
             confinement_clock=self.confinement_clock + effective_learning_rate,
-            diffusion_clock=self.diffusion_clock + effective_learning_rate**2,
+            diffusion_clock=square,
+            draw=draw,
+            epochs=ended.get("epochs", self.epochs),
+            epoch=epoch,
+            epoch_products=ended.get("epoch_products", self.epoch_products),
+            past_clock=ended.get("past_clock", self.past_clock),
+            force=self.force if u is None else self.force + _products(u, g),
+            start=self.start if self.steps else x,
             position=x_after,
-            lag_position=lag_position,
-            lag_square=lag_square,
-            lag_count=lag_count,
+            **self._lags(steps, square, x, x_after),
+        )
+        due = len(self.parts) < PARTS and steps * PARTS >= self.planned * (len(self.parts) + 1)
+        return dataclasses.replace(found, parts=(*self.parts, Part.of(found))) if due else found
+
+    def _lags(self, steps: int, clock: float, x: Array, x_after: Array) -> dict[str, Any]:
+        # Level j is due when 2^j divides the step count: as many levels as it has trailing zeros.
+        due = min((steps & -steps).bit_length(), len(self.lag_count))
+        position = self.lag_position.copy() if self.steps else np.repeat(x[None], len(self.lag_count), 0)
+        times, square, net = self.lag_clock.copy(), self.lag_square.copy(), self.lag_net.copy()
+        elapsed, spread = self.lag_elapsed.copy(), self.lag_spread.copy()
+        count = self.lag_count.copy()
+        moved = x_after - position[:due]
+        net[:due] += moved
+        square[:due] += moved * moved
+        span = clock - times[:due]
+        elapsed[:due] += span
+        spread[:due] += span * span
+        position[:due], times[:due] = x_after, clock
+        count[:due] += 1
+        return {
+            "lag_position": position,
+            "lag_clock": times,
+            "lag_square": square,
+            "lag_net": net,
+            "lag_elapsed": elapsed,
+            "lag_spread": spread,
+            "lag_count": count,
+        }
+
+    def _epoch_for(self, draw: Draw) -> tuple[Epoch, dict[str, Any]]:
+        """The epoch that a step belongs to, and the sums that change where it is a new one."""
+        epoch = self.epoch
+        # Beyond the last batch there is a new epoch, marked or not.
+        over = math.isfinite(draw.batches) and epoch.drawn + draw.share > draw.batches + 0.5
+        if not (draw.first or over):
+            return epoch, {}
+        changed: dict[str, Any] = {"past_clock": self.displacement_clock}
+        if epoch.whole:
+            sums = epoch.plain
+            changed["epochs"] = self.epochs + 1
+            changed["epoch_products"] = self.epoch_products + sums[:, None] * sums
+        return Epoch.of(self.modes, whole=draw.first and math.isfinite(draw.batches)), changed
+
+    def skip(self, draw: Draw = Draw()) -> WindowStatistics:  # noqa: B008  (immutable)
+        """Count a step that is left out.
+
+        Args:
+            draw: how its minibatch was drawn; its noise is then neither known nor missed.
+        """
+        epoch, changed = self._epoch_for(draw)
+        changed |= {"skipped": self.skipped + 1, "epoch": epoch._replace(whole=False)}
+        return dataclasses.replace(self, **changed)
+
+    def merge(self, later: WindowStatistics) -> WindowStatistics:
+        """The statistics of two stretches, ``later`` observed after this one on the same modes.
+
+        Displacements of both count from the same origin. Sums add up, so the order of stretches matters only
+        for the trend and the ends; products and displacements across the seam are in neither.
+
+        Raises:
+            ValueError: they are of different modes or lags.
+        """
+        if self.lag_square.shape != later.lag_square.shape:
+            raise ValueError(
+                f"expected statistics of the same modes and lags, found {self.lag_square.shape} and "
+                f"{later.lag_square.shape} (levels, modes)"
+            )
+        if not (self.steps and later.steps):
+            kept, other = (later, self) if later.steps else (self, later)
+            return dataclasses.replace(kept, skipped=kept.skipped + other.skipped)
+        shift, there = float(self.steps), later
+        move = _delay(shift)
+        names = (*_SUMS, "sum_1", "lag_square", "lag_net", "lag_elapsed", "lag_spread", "lag_count", "force")
+        total: dict[str, Any] = {name: getattr(self, name) + getattr(there, name) for name in names}
+        seam = self.history[0]
+        # Every t of the later stretch is ``shift`` larger.
+        return dataclasses.replace(
+            later,
+            **total
+            | {
+                "steps": self.steps + later.steps,
+                "skipped": self.skipped + later.skipped,
+                "informative": self.informative + later.informative,
+                "planned": self.planned + later.planned,
+                "sum_t": self.sum_t + there.sum_t + shift * there.sum_1,
+                "sum_tt": self.sum_tt + there.sum_tt + 2 * shift * there.sum_t + shift**2 * there.sum_1,
+                "sum_tx": self.sum_tx + there.sum_tx + shift * there.sum_x,
+                "sum_tg": self.sum_tg + there.sum_tg + shift * there.sum_g,
+                "lagged": self.lagged + np.einsum("ai,lijk,bj->labk", move, there.lagged, move),
+                "history": np.einsum("ai,lik->lak", move, there.history),
+                "edges": (
+                    self.edges + seam[:, None] * seam + np.einsum("ai,ijk,bj->abk", move, there.edges, move)
+                ),
+                "parts": (),
+                "learning_rates": self.learning_rates + later.learning_rates,
+                "confinement_clock": self.confinement_clock + later.confinement_clock,
+                "diffusion_clock": self.diffusion_clock + later.diffusion_clock,
+                "lag_clock": there.lag_clock + self.diffusion_clock,
+                "past_clock": self.displacement_clock + later.past_clock,
+                "epochs": self.epochs + later.epochs,
+                "epoch_products": self.epoch_products + later.epoch_products,
+                "start": self.start,
+            },
         )
 
-    def skip(self) -> WindowStatistics:
-        """Count a step that is left out."""
-        return dataclasses.replace(self, skipped=self.skipped + 1)
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain types from which :meth:`from_state` goes on to the same bits."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> WindowStatistics:
+        """Read :meth:`state` back.
+
+        Raises:
+            ValueError: the state lacks a field or has one too many.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != set(state):
+            wrong = ", ".join(sorted(names ^ set(state)))
+            raise ValueError(
+                f"expected the state of a window's statistics, found it to differ in {wrong}: it was written "
+                "by another version; start a new window"
+            )
+        values: dict[str, Any] = {
+            name: v.numpy().copy() if isinstance(v, Tensor) else v for name, v in state.items()
+        }
+        values["draw"] = Draw(*state["draw"])
+        values["epoch"] = Epoch.from_state(state["epoch"])
+        values["parts"] = tuple(Part.from_state(part) for part in state["parts"])
+        return cls(**values)
+
+    def products(self) -> Array:
+        """Sums of products of (1, t, x, g) with each other, shape (4, 4, k)."""
+        full = np.full_like(self.sum_x, 1.0)
+        return np.array(
+            [
+                [self.sum_1 * full, self.sum_t * full, self.sum_x, self.sum_g],
+                [self.sum_t * full, self.sum_tt * full, self.sum_tx, self.sum_tg],
+                [self.sum_x, self.sum_tx, self.sum_xx, self.sum_xg],
+                [self.sum_g, self.sum_tg, self.sum_xg, self.sum_gg],
+            ]
+        )
+
+    def ends(self) -> Array:
+        """Products of (1, t, x, g) at the first and last step of each stretch, shape (4, 4, k)."""
+        return np.asarray(self.edges + self.history[0][:, None] * self.history[0])
 
     def regress(self, trend: bool = False) -> Regression:
         """Least squares of g on (1, x), or on (1, x, t) with ``trend``, for every mode."""
-        n = float(self.steps)
-        xx = self.sum_xx - self.sum_x**2 / n
-        xg = self.sum_xg - self.sum_x * self.sum_g / n
-        gg = self.sum_gg - self.sum_g**2 / n
-        freedom = n - 2
-        if trend:
-            sum_t = n * (n - 1) / 2
-            tt = n * (n * n - 1) / 12
-            tx = self.sum_tx - sum_t * self.sum_x / n
-            tg = self.sum_tg - sum_t * self.sum_g / n
-            xx, xg, gg = xx - tx * tx / tt, xg - tx * tg / tt, gg - tg * tg / tt
-            freedom -= 1
-        with np.errstate(divide="ignore", invalid="ignore"):
-            slope = xg / xx
-            # A mode that never moved has no slope; all of its gradient's variance is noise.
-            variance = np.maximum(gg - np.where(xx > 0, slope * xg, 0.0), 0.0) / freedom
-            error = np.sqrt(variance / xx)
-            return Regression(slope=slope, standard_error=error, t=slope / error, variance=variance)
+        return least_squares(self.products(), self.informative, AHEAD[trend])
 
     def kurtosis(self) -> Array:
         """Kurtosis of the used gradient along each mode: 3 for Gaussian noise."""
         n = float(self.steps)
-        mean = self.sum_g / n
-        second = self.sum_gg / n - mean**2
-        fourth = self.sum_g4 / n - 4 * mean * self.sum_g3 / n + 6 * mean**2 * self.sum_gg / n - 3 * mean**4
+        mean = self.sum_g1 / n
+        second = self.sum_g2 / n - mean**2
+        fourth = self.sum_g4 / n - 4 * mean * self.sum_g3 / n + 6 * mean**2 * self.sum_g2 / n - 3 * mean**4
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(fourth / second**2)
 
 
-@dataclass(frozen=True)
-class Regression:
-    """Slope of g on x for every mode, shape (k,).
+class Epoch(NamedTuple):
+    """What the running epoch remembers of its steps.
 
     Attributes:
-        slope: the slope, a curvature.
-        standard_error: of the slope.
-        t: slope over standard error.
-        variance: residual variance, the noise variance.
+        drawn: batches drawn so far, a real number.
+        whole: its first step was seen, and none left out since.
+        sums: of share times (1, t, x, g), shape (4, k).
+        plain: of (1, x, g), shape (3, k).
+        squared_rates: of ``eta_eff^2 / share``.
+        rates: of ``eta_eff``.
     """
 
-    slope: Array
-    standard_error: Array
-    t: Array
-    variance: Array
+    drawn: float
+    whole: bool
+    sums: Array
+    plain: Array
+    squared_rates: float
+    rates: float
+
+    @classmethod
+    def of(cls, modes: int, *, whole: bool) -> Epoch:
+        """An epoch without a step yet."""
+        return cls(0.0, whole, np.zeros((COLUMNS, modes)), np.zeros((3, modes)), 0.0, 0.0)
+
+    @classmethod
+    def from_state(cls, state: Any) -> Epoch:
+        """Read a plain tuple back."""
+        drawn, whole, sums, plain, squared_rates, rates = state
+        return cls(drawn, whole, sums.numpy().copy(), plain.numpy().copy(), squared_rates, rates)
+
+    def displacement(self, draw: Draw) -> float:
+        """Variance of a flat mode's displacement over the epoch so far, in units of an innovation's noise."""
+        return self.squared_rates - draw.memory * self.rates**2
+
+    def innovate(self, now: Array, draw: Draw) -> tuple[Epoch, Array]:
+        """The epoch after a step, and what of the step could not be told from those before it."""
+        after = self._replace(
+            drawn=self.drawn + draw.share,
+            sums=self.sums + draw.share * now,
+            plain=self.plain + now[[ONE, X, GRADIENT]],
+        )
+        if not draw.memory > 0:
+            return after, now * math.sqrt(draw.share)
+        left = 1 / draw.memory - self.drawn
+        rest = left - draw.share
+        if rest < _SMALLEST_REST:
+            return after, np.zeros_like(now)
+        return after, (now + self.sums / left) * math.sqrt(draw.share * left / rest)
 
 
-_SUMS = ("sum_x", "sum_xx", "sum_g", "sum_gg", "sum_xg", "sum_tx", "sum_tg", "sum_g3", "sum_g4")
+class Part(NamedTuple):
+    """The running sums as they stood when a part of the window ended.
+
+    Attributes:
+        steps: used steps by then.
+        diffusion_clock: by then.
+        products: of (1, t, x, g) with each other, (4, 4, k).
+        lagged: and with those of the step before, (4, 4, k).
+    """
+
+    steps: int
+    diffusion_clock: float
+    products: Array
+    lagged: Array
+
+    @classmethod
+    def of(cls, statistics: WindowStatistics) -> Part:
+        """The sums as they stand."""
+        return cls(
+            statistics.steps, statistics.diffusion_clock, statistics.products(), statistics.lagged[0].copy()
+        )
+
+    @classmethod
+    def from_state(cls, state: Any) -> Part:
+        """Read a plain tuple back."""
+        steps, clock, products, lagged = state
+        return cls(steps, clock, products.numpy().copy(), lagged.numpy().copy())
+
+
+def _delay(shift: float) -> Array:
+    """The matrix that turns (1, t, x, g) into (1, t + shift, x, g)."""
+    move = np.eye(COLUMNS)
+    move[TIME, ONE] = shift
+    return move
+
+
+def _products(u: Array, g: Array) -> Array:
+    return np.stack((np.ones(len(g)), u, g, u * u, u * g, g * g))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+_SUMS = (
+    "sum_x",
+    "sum_xx",
+    "sum_g",
+    "sum_gg",
+    "sum_xg",
+    "sum_tx",
+    "sum_tg",
+    "sum_g1",
+    "sum_g2",
+    "sum_g3",
+    "sum_g4",
+)

@@ -1,10 +1,7 @@
-"""The rule: from the statistics of one window to a verdict on every mode.
+"""The rule: from the evidence on a mode to a verdict, its reason and its horizon.
 
-g = lambda (x - x*) + xi holds whatever the optimizer does afterwards, so the evidence is a
-regression of the used gradient on the displacement, not the look of the path. The rule for sampling
-with replacement; its rates on simulated truth are in the tests: of flat modes 88% are called
-diffusive and 3 to 5% confined, of modes with 20 relaxation times in the window 95% are called confined
-and 1% diffusive; between 3 and 20 one window cannot decide.
+Rates on simulated truth are in docs/verdicts.md and in the tests. Between 3 and 20 relaxation times one
+window cannot decide.
 """
 
 from __future__ import annotations
@@ -12,44 +9,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
+from sgd_probe.dynamics.evidence import CONFINED_RELAXATION_TIMES as CONFINED_RELAXATION_TIMES
+from sgd_probe.dynamics.evidence import MIN_EQUAL_STEPS as MIN_EQUAL_STEPS
+from sgd_probe.dynamics.evidence import MIN_STEPS as MIN_STEPS
+from sgd_probe.dynamics.evidence import Evidence as Evidence
+from sgd_probe.dynamics.evidence import too_short as too_short
+from sgd_probe.dynamics.evidence import weigh as weigh
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.result import Verdict
 
-#: Relaxation times of the hypothesis that a flat mode is weighed against.
-CONFINED_RELAXATION_TIMES = 20.0
 #: Expected shares of wrong flags, measured on simulated truth.
 FALSE_CONFINED_RATE = 0.05
 FALSE_FREE_RATE = 0.02
-#: Fewer steps cannot carry the rule.
-MIN_STEPS = 40
-#: Nor can a schedule so steep that fewer steps of one size would do as much: 20 relaxation times in
-#: them would be unstable.
-MIN_EQUAL_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the statistics say of one mode.
-
-    Attributes:
-        log_bayes_factor: log evidence of 20 relaxation times in the window against none.
-        t_level: t-statistic of the slope of g on (1, x).
-        t_trend: the same with a linear trend.
-        drift_z: |net displacement| over that of free diffusion.
-        noise_variance: residual variance of g on (1, x).
-        slope: that slope, the measured curvature.
-        slope_error: its standard error.
-    """
-
-    log_bayes_factor: float
-    t_level: float
-    t_trend: float
-    drift_z: float
-    noise_variance: float
-    slope: float
-    slope_error: float
+#: A flat mode whose sampling leaves less than this share of its free displacement is held by the sampling.
+HELD_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,60 +34,48 @@ class Judgement:
     reason: str
 
 
-def too_short(statistics: WindowStatistics) -> str:
-    """Why a window cannot carry the rule; "" where it can."""
-    if statistics.steps < MIN_STEPS:
-        return f"only {statistics.steps} steps were observed, {MIN_STEPS} are needed"
-    if not statistics.diffusion_clock > 0:
-        return "the learning rate was zero"
-    if statistics.equal_steps < MIN_EQUAL_STEPS:
-        return (
-            "the learning rate changed so much that the window counts no more than "
-            f"{statistics.equal_steps:.0f} equal steps, {MIN_EQUAL_STEPS} are needed"
-        )
-    return ""
+@dataclass(frozen=True)
+class Horizon:
+    """Up to where a verdict holds.
 
-
-def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
-    """Evidence for every mode.
-
-    Args:
-        statistics: of a window that is not :func:`too_short`.
-        momentum: of heavy ball; enters the prior width of the unknown centre.
-
-    Raises:
-        ValueError: the window is too short.
+    Attributes:
+        steps: optimizer steps of the window.
+        epochs: the same in epochs; NaN where the loader has none (an endless stream, with replacement).
     """
-    why = too_short(statistics)
-    if why:
-        raise ValueError(f"expected a window that can carry the rule, but {why}")
-    steps, clock = statistics.steps, statistics.confinement_clock
-    rate = CONFINED_RELAXATION_TIMES / clock
-    # lambda*^2 V / sigma^2 of the stationary state: how wide the centre may lie, in units of the noise.
-    step = statistics.diffusion_clock / clock * (1 - momentum)
-    width = rate * step * (1 + momentum) / ((1 - momentum) * (2 * (1 + momentum) - step * rate))
-    level, trend = statistics.regress(), statistics.regress(trend=True)
-    pull = rate**2 * statistics.sum_xx - 2 * rate * statistics.sum_xg
-    centre = width * (statistics.sum_g - rate * statistics.sum_x) ** 2 / (1 + width * steps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        factor = -(pull - centre) / (2 * level.variance) - 0.5 * math.log1p(width * steps)
-        drift = np.abs(statistics.position) / np.sqrt(level.variance * statistics.diffusion_clock)
-    rows = zip(
-        factor, level.t, trend.t, drift, level.variance, level.slope, level.standard_error, strict=True
-    )
-    return [Evidence(*(float(value) for value in row)) for row in rows]
+
+    steps: int
+    epochs: float
+
+    @classmethod
+    def of(cls, statistics: WindowStatistics, batches: float = math.inf) -> Horizon:
+        """The horizon of a window.
+
+        Args:
+            statistics: of the window.
+            batches: steps an epoch, where the statistics were not told (with replacement).
+        """
+        known = batches if math.isfinite(batches) else statistics.draw.batches
+        return cls(statistics.steps, statistics.steps / known if math.isfinite(known) else math.nan)
+
+    def __str__(self) -> str:
+        steps = f"{self.steps:,} steps"
+        return steps if math.isnan(self.epochs) else f"{steps} ({self.epochs:.2g} epochs)"
 
 
 def judge(evidence: Evidence) -> Judgement:
     """Apply the rule to one mode that has noise."""
     e = evidence
-    if not all(map(math.isfinite, (e.log_bayes_factor, e.t_level, e.t_trend, e.drift_z))):
+    numbers = (e.log_bayes_factor, e.t_level, e.t_trend, e.drift_z)
+    if not all(map(math.isfinite, numbers)) or not e.noise_variance > 0:
         return Judgement(Verdict.UNDETERMINED, "", "The mode did not move, so nothing can be said of it.")
-    if e.log_bayes_factor >= 1:
+    if e.reservation:
+        return Judgement(Verdict.UNDETERMINED, "", e.reservation[:1].upper() + e.reservation[1:] + ".")
+    if e.log_bayes_factor >= e.needed:
         return Judgement(
             Verdict.CONFINED,
             "",
-            f"Confinement is e^{e.log_bayes_factor:.1f} times as likely as a flat mode (e^1 needed).",
+            f"Confinement is e^{e.log_bayes_factor:.1f} times as likely as a flat mode "
+            f"(e^{e.needed:.3g} needed).",
         )
     if e.t_level >= 4:
         return Judgement(
@@ -134,13 +95,20 @@ def judge(evidence: Evidence) -> Judgement:
         return Judgement(
             Verdict.DRIFTING, "", f"It moved {e.drift_z:.1f} times as far as noise alone would carry it."
         )
-    if e.log_bayes_factor <= -1 and e.t_level < 3 and e.t_trend < 3.5:
-        return Judgement(
-            Verdict.DIFFUSIVE,
-            "",
-            f"A flat mode is e^{-e.log_bayes_factor:.1f} times as likely as confinement; no net drift.",
-        )
+    if e.log_bayes_factor <= -e.needed_flat and e.t_level < 3 and e.t_trend < 3.5:
+        return _free(e)
     return Judgement(Verdict.UNDETERMINED, "", "Between flat and confined: this window is too short to tell.")
+
+
+def _free(e: Evidence) -> Judgement:
+    odds = f"A flat mode is e^{-e.log_bayes_factor:.1f} times as likely as confinement"
+    if e.free_share < HELD_SHARE:
+        return Judgement(
+            Verdict.SAMPLING_CONFINED,
+            "",
+            f"{odds}, but sampling without replacement leaves {e.free_share:.0%} of its free spread.",
+        )
+    return Judgement(Verdict.DIFFUSIVE, "", f"{odds}; no net drift.")
 
 
 def expected_false_flags(top: int, flat: int) -> float:

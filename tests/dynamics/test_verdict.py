@@ -5,9 +5,11 @@ Bars are those that the design promises. Where a comment says "measured", it was
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from sgd_probe.dynamics.verdict import (
     MIN_EQUAL_STEPS,
     MIN_STEPS,
     Evidence,
+    Horizon,
     Judgement,
     expected_false_flags,
     judge,
@@ -25,6 +28,7 @@ from sgd_probe.dynamics.verdict import (
     weigh,
 )
 from sgd_probe.result import Verdict
+from tests.dynamics.shuffled import Shuffled
 from tests.helpers.simulation import Array, Noise, Truth, constant, cosine
 
 GAUSSIAN, STUDENT_3 = Noise(), Noise(3)
@@ -96,18 +100,27 @@ def test_bars_in_very_long_windows(name: str) -> None:
 
 @pytest.mark.parametrize("memories", [10, 20])
 def test_momentum_in_windows_that_are_short_against_its_memory(memories: int) -> None:
-    """The bars above are not met here, which is why such a window carries a warning.
+    """They decide less often, and no more wrongly.
 
-    Measured at 10 / 20 memories: flat modes 82 / 85% diffusive and 6.2 / 5.3% confined, 20 relaxation
-    times 90 / 92% confined.
+    Measured at 10 / 20 memories: flat modes 82 / 85% diffusive and 4.2 / 4.6% confined, 20 relaxation
+    times 83 / 90% confined.
     """
     steps = 10 * memories
     flat = rates(scenario("momentum", 0, steps, 10_000))
-    assert flat[Verdict.CONFINED] <= 0.07
+    assert upper_bound(flat[Verdict.CONFINED], 10_000) <= 0.055
     assert flat[Verdict.DIFFUSIVE] >= 0.80
     twenty = rates(scenario("momentum", 20, steps, 10_000))
-    assert twenty[Verdict.CONFINED] >= 0.89
+    assert twenty[Verdict.CONFINED] >= 0.82
     assert twenty[Verdict.DIFFUSIVE] <= 0.02
+
+
+def test_a_window_of_too_few_memories_is_withheld() -> None:
+    statistics = scenario("momentum", 20, 90, 5).statistics()
+    for _, judgement in judged(statistics, 0.9):
+        assert judgement.verdict is Verdict.UNDETERMINED
+        assert judgement.reason == (
+            "The window is too short for this momentum: 9 times as long as it remembers, 10 times are needed."
+        )
 
 
 @pytest.mark.parametrize("relaxation_times", [3, 8])
@@ -134,7 +147,7 @@ def test_drifting_modes(momentum: float, schedule: Callable[[int], Array]) -> No
 def test_unstable_modes(relaxation_times: float, momentum: float) -> None:
     truth = Truth(relaxation_times=relaxation_times, rates=constant(500), momentum=momentum, replicas=5_000)
     found = rates(truth)
-    assert found[Verdict.UNSTABLE] >= 0.99
+    assert found[Verdict.UNSTABLE] >= 0.98
     assert found[Verdict.CONFINED] <= 0.001
 
 
@@ -214,3 +227,156 @@ def test_the_rule_just_above_its_smallest_number_of_equal_steps() -> None:
 def test_expected_false_flags_count_both_kinds() -> None:
     assert expected_false_flags(0, 0) == 0
     assert expected_false_flags(10, 4) == pytest.approx(10 * 0.02 + 4 * 0.05)
+
+
+class TestShuffled:
+    """Sampling without replacement, windows that open anywhere in an epoch."""
+
+    @staticmethod
+    def rates(truth: Shuffled, momentum: float = 0.0) -> dict[Verdict, float]:
+        counts = Counter(j.verdict for _, j in judged(truth.statistics(), momentum))
+        return {verdict: counts[verdict] / truth.replicas for verdict in Verdict}
+
+    @pytest.mark.parametrize("batches", [20, 28.08, 50, 200])
+    def test_bars_over_five_epochs_and_more(self, batches: float) -> None:
+        flat = self.rates(Shuffled(relaxation_times=0, steps=1000, batches=batches))
+        assert flat[Verdict.CONFINED] <= 0.01
+        assert flat[Verdict.SAMPLING_CONFINED] >= 0.85
+        assert flat[Verdict.DIFFUSIVE] == 0
+        held = self.rates(Shuffled(relaxation_times=50, steps=1000, batches=batches, replicas=1_000))
+        assert held[Verdict.CONFINED] >= 0.99
+
+    @pytest.mark.parametrize("batches", [300, 600, 1000, 2500])
+    def test_bars_between_a_tenth_of_an_epoch_and_one(self, batches: float) -> None:
+        flat = self.rates(Shuffled(relaxation_times=0, steps=300, batches=batches, replicas=4_000))
+        assert flat[Verdict.CONFINED] <= 0.055
+        assert flat[Verdict.DIFFUSIVE] + flat[Verdict.SAMPLING_CONFINED] >= 0.8
+        held = self.rates(Shuffled(relaxation_times=30, steps=300, batches=batches))
+        assert held[Verdict.CONFINED] >= 0.97
+        assert held[Verdict.DIFFUSIVE] + held[Verdict.SAMPLING_CONFINED] <= 0.01
+
+    def test_one_mode_two_horizons(self) -> None:
+        """It diffuses within an epoch and is held by the sampling over many."""
+        within = self.rates(Shuffled(relaxation_times=0, steps=100, batches=1000, replicas=500))
+        over = self.rates(Shuffled(relaxation_times=0, steps=1000, batches=100, replicas=500))
+        assert within[Verdict.DIFFUSIVE] > 0.8 and within[Verdict.SAMPLING_CONFINED] == 0
+        assert over[Verdict.SAMPLING_CONFINED] > 0.95 and over[Verdict.DIFFUSIVE] == 0
+
+    def test_fresh_noise_lets_flat_modes_go(self) -> None:
+        found = self.rates(Shuffled(relaxation_times=0, steps=1000, batches=50, fresh=0.7))
+        assert found[Verdict.DIFFUSIVE] >= 0.8 and found[Verdict.CONFINED] <= 0.055
+
+    def test_a_pull_is_seen(self) -> None:
+        pull = 7 / math.sqrt(1000)
+        found = self.rates(Shuffled(relaxation_times=0, steps=1000, batches=50, pull=pull, replicas=500))
+        assert found[Verdict.DRIFTING] >= 0.95
+
+    def test_a_loader_that_is_not_what_it_was_said_to_be(self) -> None:
+        """Independent draws under the name of shuffled ones: their noise does not cancel."""
+        lie = Shuffled(relaxation_times=0, steps=1000, batches=20, fresh=1.0, replicas=50).statistics()
+        honest = dataclasses.replace(lie, draw=lie.draw._replace(fresh=0.0), past_clock=0.0)
+        for _, judgement in judged(honest):
+            assert judgement.verdict is Verdict.UNDETERMINED
+            assert (
+                judgement.reason.startswith("Over an epoch 9") or "of the noise is left" in judgement.reason
+            )
+
+
+class TestOddNoise:
+    @staticmethod
+    def rates(relaxation_times: float, steps: int, correlation: float = 0.0, fading: float = 1.0) -> Rates:
+        """Correlated noise (an AR(1) process) or noise whose variance falls by a factor."""
+        count, rate, rng = 3_000, 0.05, np.random.default_rng(3)
+        curvature = relaxation_times / (rate * steps)
+        settling = int(8 / (rate * curvature)) if relaxation_times else 0
+        x, kick, found = np.zeros(count), np.zeros(count), WindowStatistics.empty(count, steps)
+        origin = x
+        for step in range(-settling, steps):
+            fresh = math.sqrt(1 - correlation**2) * rng.standard_normal(count)
+            kick = correlation * kick + fresh
+            origin = x if step == 0 else origin
+            g = curvature * x + kick * fading ** (max(step, 0) / steps / 2)
+            after = x - rate * g
+            if step >= 0:
+                found = found.update(x - origin, g, after - origin, rate, rate)
+            x = after
+        reports = judged(found)
+        counts = Counter(judgement.verdict for _, judgement in reports)
+        return Rates({v: counts[v] / count for v in Verdict}, [evidence for evidence, _ in reports])
+
+    @pytest.mark.parametrize("correlation", [-0.3, 0.3])
+    def test_correlated_noise_is_not_taken_for_a_force(self, correlation: float) -> None:
+        """Without taking it out, 24% of flat modes are called confined at -0.3."""
+        flat = self.rates(0, 300, correlation)
+        assert flat.shares[Verdict.CONFINED] <= 0.055
+        assert flat.shares[Verdict.DIFFUSIVE] >= 0.85
+        found = [evidence.noise_correlation for evidence in flat.evidence]
+        assert np.mean(found) == pytest.approx(correlation, abs=0.02)
+        held = self.rates(30, 300, correlation)
+        assert held.shares[Verdict.CONFINED] >= 0.99
+
+    def test_noise_that_fades_is_evened_out(self) -> None:
+        flat = self.rates(0, 400, fading=0.1)
+        assert flat.shares[Verdict.CONFINED] + flat.shares[Verdict.DRIFTING] <= 0.055
+        assert flat.shares[Verdict.DIFFUSIVE] >= 0.75
+        # The last quarter's mean over the first one's is 10^(-3/4).
+        assert np.median([e.fading for e in flat.evidence]) == pytest.approx(0.18, abs=0.03)
+
+    def test_noise_that_fades_too_much_is_withheld(self) -> None:
+        flat = self.rates(0, 400, fading=0.01)
+        assert flat.shares[Verdict.UNDETERMINED] >= 0.99
+        assert any("noise variance changed" in e.reservation for e in flat.evidence)
+
+    def test_noise_that_alternates_over_several_steps_is_withheld(self) -> None:
+        """A moving average three steps back, which no AR(1) explains."""
+        rng, rate = np.random.default_rng(0), 0.05
+        noise = rng.standard_normal((1_010, 200))
+        found, x = WindowStatistics.empty(200, 1000), np.zeros(200)
+        for step in range(1000):
+            g = (noise[step + 3] - 0.8 * noise[step]) / math.sqrt(1.64)
+            found, x = found.update(x, g, x - rate * g, rate, rate), x - rate * g
+        verdicts = Counter(j.verdict for _, j in judged(found))
+        assert verdicts[Verdict.UNDETERMINED] >= 195
+        assert all("correlated over more than two" in j.reason for _, j in judged(found)[:5])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    shares: dict[Verdict, float]
+    evidence: list[Evidence]
+
+
+EVEN = Evidence(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "detail"),
+    [
+        ({"log_bayes_factor": 1.0}, Verdict.CONFINED, ""),
+        ({"log_bayes_factor": 1.4, "needed": 1.5}, Verdict.UNDETERMINED, ""),
+        ({"t_level": 4.0}, Verdict.CONFINED, "relaxing"),
+        ({"t_trend": 4.2}, Verdict.CONFINED, "moving centre"),
+        ({"log_bayes_factor": -1.0}, Verdict.DIFFUSIVE, ""),
+        ({"log_bayes_factor": -1.0, "needed_flat": 2.0}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": -1.0, "free_share": 0.4}, Verdict.SAMPLING_CONFINED, ""),
+        ({"log_bayes_factor": -1.0, "t_level": 3.0}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": -1.0, "t_trend": 3.5}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 2.81}, Verdict.DRIFTING, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 2.81, "t_level": -2.6}, Verdict.UNSTABLE, ""),
+        ({"log_bayes_factor": 9.0, "reservation": "why not"}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": 9.0, "noise_variance": 0.0}, Verdict.UNDETERMINED, ""),
+        ({}, Verdict.UNDETERMINED, ""),
+    ],
+)
+def test_every_verdict_and_where_it_begins(changes: dict[str, Any], verdict: Verdict, detail: str) -> None:
+    judgement = judge(dataclasses.replace(EVEN, **changes))
+    assert (judgement.verdict, judgement.detail) == (verdict, detail)
+    assert judgement.reason[0].isupper() and judgement.reason.endswith(".")
+
+
+def test_horizons() -> None:
+    plain = scenario("gaussian", 0, 100, 1).statistics()
+    assert str(Horizon.of(plain)) == "100 steps" and math.isnan(Horizon.of(plain).epochs)
+    assert str(Horizon.of(plain, batches=40)) == "100 steps (2.5 epochs)"
+    shuffled = Shuffled(relaxation_times=0, steps=60, batches=12, replicas=1).statistics()
+    assert Horizon.of(shuffled) == Horizon(60, 5.0)
