@@ -142,6 +142,7 @@ class ProbeEngine:
         self._window_seconds = 0.0
         self._pool: list[CurvatureBatch] = []
         self._collecting = False
+        self._batch_index = 0
         self._window: _Window | None = None
         self._failures = 0
         self._self_test = ""
@@ -231,7 +232,14 @@ class ProbeEngine:
         return tuple(lines)
 
     def offer(self, batch: Any, index: int, step: int) -> None:
-        """Hand over a training batch before its step; it is cloned while a window is in sight."""
+        """Hand over a training batch before its step; it is cloned while a window is in sight.
+
+        Args:
+            batch: as the loop has it.
+            index: of the batch in its epoch.
+            step: optimizer steps done.
+        """
+        self._batch_index = index
         if not self._batches_per_set:
             return
         if not self._collecting:
@@ -554,6 +562,7 @@ class ProbeEngine:
     def _observe(self, window: _Window) -> None:
         optimizer = self._read_optimizer()
         projection = window.projector.project(optimizer.decays)
+        draw = self.sampling.draw(self._batch_index)
         usable = projection is not None and projection.finite
         if optimizer.momentum != window.optimizer.momentum and not window.optimizer.withheld:
             window.optimizer = dataclasses.replace(
@@ -571,10 +580,11 @@ class ProbeEngine:
                 projection.displacement,
                 optimizer.learning_rate,
                 optimizer.effective_learning_rate,
+                draw=draw,
             )
             window.gradient_squares += projection.gradient_square
         else:
-            window.statistics = window.statistics.skip()
+            window.statistics = window.statistics.skip(draw)
         if projection is not None and np.isfinite(projection.displacement).all():
             window.position = projection.displacement
             window.decay_since = projection.decay

@@ -16,6 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from sgd_probe.dynamics.statistics import Draw
 from sgd_probe.engine.config import SamplingChoice
 
 
@@ -29,6 +30,8 @@ class Sampling:
         batch_size: or None.
         batches: minibatches in an epoch, or None.
         drop_last: a partial last batch is dropped.
+        accumulation: batches gathered into an optimizer step.
+        every_step: the loop makes a step of every so many batches, no more and no fewer.
     """
 
     scheme: str
@@ -36,11 +39,44 @@ class Sampling:
     batch_size: int | None = None
     batches: int | None = None
     drop_last: bool = False
+    accumulation: int = 1
+    every_step: bool = True
 
     @property
     def withheld(self) -> str:
-        """Why the rule for sampling with replacement does not apply; "" where it does."""
-        return _WITHHELD[self.scheme]
+        """Why no verdict can be given; "" where one can."""
+        if self.scheme != "without_replacement":
+            return _WITHHELD[self.scheme]
+        if self.samples is None or not self.batch_size or self.batches is None or not self.every_step:
+            return "the loader samples without replacement, and which samples make a step is not known"
+        if self.accumulation > 1 and (self.batches % self.accumulation or self._last_batch < 1):
+            return (
+                "the loader samples without replacement, and the last step of an epoch gathers fewer samples "
+                "than the others: let accumulate_grad_batches divide the batches, with drop_last=True"
+            )
+        return ""
+
+    @property
+    def _last_batch(self) -> float:
+        """Samples of an epoch's last batch over those of a full one."""
+        assert self.samples is not None and self.batch_size and self.batches is not None
+        left = self.samples - (self.batches - 1) * self.batch_size
+        return 1.0 if self.drop_last else min(left / self.batch_size, 1.0)
+
+    def draw(self, index: int) -> Draw:
+        """How the minibatch of a step was drawn.
+
+        Args:
+            index: of its last batch in the epoch.
+        """
+        if self.scheme != "without_replacement" or self.withheld:
+            return Draw()
+        assert self.samples is not None and self.batch_size and self.batches is not None
+        return Draw(
+            batches=self.samples / (self.batch_size * self.accumulation),
+            share=self._last_batch if index == self.batches - 1 else 1.0,
+            first=index < self.accumulation,
+        )
 
     def describe(self) -> str:
         """One line for people."""
@@ -49,6 +85,8 @@ class Sampling:
             line += f", {self.samples} samples in batches of {self.batch_size}"
         if self.batches is not None:
             line += f", {self.batches} batches an epoch"
+        if self.accumulation > 1:
+            line += f", {self.accumulation} of them a step"
         return line
 
 
@@ -65,7 +103,7 @@ def read_sampling(loader: Any, choice: SamplingChoice = "auto", batches: int | N
         found = dataclasses.replace(found, batches=batches)
     if choice == "auto":
         return found
-    return Sampling(choice, found.samples, found.batch_size, found.batches, found.drop_last)
+    return dataclasses.replace(found, scheme=choice)
 
 
 def _read(loader: Any) -> Sampling:
@@ -75,8 +113,12 @@ def _read(loader: Any) -> Sampling:
     if not isinstance(batch_sampler, BatchSampler):
         return Sampling("unknown", samples=samples, batches=_length(loader))
     sampler = batch_sampler.sampler
-    if isinstance(sampler, RandomSampler | WeightedRandomSampler):
+    if isinstance(sampler, RandomSampler):
         scheme = "with_replacement" if sampler.replacement else "without_replacement"
+        if not sampler.replacement and samples is not None and sampler.num_samples > samples:
+            scheme = "unknown"  # an epoch goes through the data more than once
+    elif isinstance(sampler, WeightedRandomSampler):
+        scheme = "with_replacement" if sampler.replacement else "unknown"
     elif isinstance(sampler, SubsetRandomSampler):
         scheme, samples = "without_replacement", len(sampler)
     elif isinstance(sampler, SequentialSampler):
@@ -107,10 +149,6 @@ _NAMES = {
 }
 _WITHHELD = {
     "with_replacement": "",
-    "without_replacement": (
-        "the loader samples without replacement, which holds flat modes back over an epoch; the rule for "
-        "it is not built yet"
-    ),
     "ordered": "the loader reads the data in a fixed order, so the noise of successive steps is correlated",
     "unknown": (
         "how the loader draws its batches is unknown; if they are independent, say "

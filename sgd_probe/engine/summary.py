@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.dynamics.verdict import (
     CONFINED_RELAXATION_TIMES,
     Evidence,
+    Horizon,
     Judgement,
     expected_false_flags,
     judge,
@@ -45,8 +47,6 @@ STABILITY_MARGIN = 0.9
 HEAVY_TAILS = 10.0
 #: A mode whose curvature changes by more than this share during the window is marked.
 CURVATURE_CHANGE = 0.5
-#: The rule's rates were measured on windows of at least so many memories 1 / (1 - mu) of the momentum.
-MIN_MEMORIES = 20
 _Z95 = 1.96
 
 
@@ -158,7 +158,14 @@ def summarise(measured: Measured) -> WindowResult:
 
 def _withheld(measured: Measured) -> str:
     """Why no mode of this window gets a verdict; "" where they do."""
-    return too_short(measured.statistics) or measured.optimizer.withheld or measured.sampling.withheld
+    optimizer = measured.optimizer
+    short = too_short(measured.statistics)
+    return (
+        short
+        or optimizer.withheld
+        or too_short(measured.statistics, optimizer.momentum)
+        or measured.sampling.withheld
+    )
 
 
 def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResult:
@@ -169,7 +176,7 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
     noise, kurtosis, share = Interval.unknown(), math.nan, math.nan
     if evidence is not None:
         kurtosis = float(statistics.kurtosis()[index])
-        noise = noise_variance(evidence.noise_variance, steps, kurtosis)
+        noise = noise_variance(evidence.noise_variance, statistics.informative, kurtosis)
         share = evidence.noise_variance / measured.random_noise if measured.random_noise > 0 else math.nan
     judgement = _judgement(measured, evidence, share)
     end = measured.end_eigenvalues[index] if measured.end_eigenvalues else math.nan
@@ -246,7 +253,11 @@ def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float
         )
     if withheld:
         return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld))
-    return judge(evidence)
+    judgement = judge(evidence)
+    if judgement.verdict is Verdict.UNDETERMINED:
+        return judgement
+    horizon = Horizon.of(measured.statistics)
+    return dataclasses.replace(judgement, reason=f"{judgement.reason} Over {horizon}.")
 
 
 def _sentence(text: str) -> str:
@@ -257,7 +268,7 @@ def _slope(evidence: Evidence | None, judgement: Judgement) -> Interval:
     """The slope is a curvature only where something confines; elsewhere it is an artefact."""
     if evidence is None or judgement.verdict is not Verdict.CONFINED:
         return Interval.unknown()
-    return _around(evidence.slope, evidence.slope_error)
+    return evidence.curvature
 
 
 def _around(value: float, error: float) -> Interval:
@@ -358,11 +369,10 @@ def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
         warnings.append(
             f"The run ended after {statistics.steps} of the window's {measured.planned_steps} steps."
         )
-    memories = statistics.steps * (1 - measured.optimizer.momentum)
-    if not withheld and memories < MIN_MEMORIES:
+    if math.isfinite(statistics.draw.batches):
         warnings.append(
-            f"The window is only {memories:.0f} times as long as the momentum remembers "
-            f"({MIN_MEMORIES} needed): its verdicts err more often than they should."
+            "The loader samples without replacement. Verdicts take that into account; predictions of D and "
+            "of displacements are those of sampling with replacement: too large over an epoch and more."
         )
     if measured.basis.lambda_max == 0:
         warnings.append("The loss has no curvature at all: it is linear in the probed weights.")

@@ -199,8 +199,10 @@ class SGDProbe(Callback):
             training_loss(trainer, self._loss_fn),
             optimizer,
             self.config,
-            sampling=read_sampling(
-                training_loader(trainer), self.config.sampling, batches_per_epoch(trainer)
+            sampling=dataclasses.replace(
+                read_sampling(training_loader(trainer), self.config.sampling, batches_per_epoch(trainer)),
+                accumulation=trainer.accumulate_grad_batches,
+                every_step=pl_module.automatic_optimization,
             ),
             planned_steps=planned_steps(trainer),
             first_step=trainer.global_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from sgd_probe.dynamics.statistics import Draw
 from sgd_probe.engine.config import SamplingChoice
 from sgd_probe.engine.sampling import Sampling, read_sampling
 
@@ -73,7 +75,7 @@ CASES: dict[str, tuple[Callable[[], Any], Sampling]] = {
     ),
     "weighted_without_replacement": (
         lambda: loader(sampler=WeightedRandomSampler([1.0] * 100, 64, replacement=False)),
-        Sampling("without_replacement", samples=100, batch_size=8, batches=8),
+        Sampling("unknown", samples=100, batch_size=8, batches=8),
     ),
     "subset": (
         lambda: loader(sampler=SubsetRandomSampler(range(40))),
@@ -142,8 +144,16 @@ def test_the_user_s_word_wins(make: Callable[[], Any], choice: SamplingChoice) -
     assert found.samples == read_sampling(make()).samples
 
 
-def test_only_sampling_with_replacement_gets_verdicts() -> None:
+SHUFFLED = Sampling("without_replacement", samples=100, batch_size=8, batches=13)
+
+
+def test_what_is_not_known_gets_no_verdict() -> None:
     assert Sampling("with_replacement").withheld == ""
+    assert SHUFFLED.withheld == ""
+    assert "is not known" in dataclasses.replace(SHUFFLED, every_step=False).withheld
+    assert "fewer samples" in dataclasses.replace(SHUFFLED, accumulation=2).withheld
+    even = dataclasses.replace(SHUFFLED, accumulation=3, batches=12, drop_last=True)
+    assert even.withheld == ""
     assert "without replacement" in Sampling("without_replacement").withheld
     assert "fixed order" in Sampling("ordered").withheld
     assert 'sampling="with_replacement"' in Sampling("unknown").withheld
@@ -155,3 +165,16 @@ def test_one_line_for_people() -> None:
         "sampling without replacement, 100 samples in batches of 8, 13 batches an epoch"
     )
     assert Sampling("unknown").describe() == "sampling scheme unknown"
+
+
+def test_the_draws_of_an_epoch() -> None:
+    draws = [SHUFFLED.draw(index) for index in range(13)]
+    assert [draw.first for draw in draws] == [True] + [False] * 12
+    assert [draw.share for draw in draws] == [1.0] * 12 + [0.5]
+    assert {draw.batches for draw in draws} == {100 / 8}
+    even = dataclasses.replace(SHUFFLED, accumulation=3, batches=12, drop_last=True)
+    steps = [even.draw(index) for index in (2, 5, 8, 11)]
+    assert [(draw.first, draw.share) for draw in steps] == [(True, 1.0)] + [(False, 1.0)] * 3
+    assert steps[0].batches == 100 / 24
+    for other in (Sampling("with_replacement"), Sampling("without_replacement"), Sampling("unknown")):
+        assert other.draw(0) == Draw()

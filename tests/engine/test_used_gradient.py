@@ -34,9 +34,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Seen]]:
     steps: list[Seen] = []
     update = WindowStatistics.update
 
-    def spy(self: WindowStatistics, *arguments: Any) -> WindowStatistics:
+    def spy(self: WindowStatistics, *arguments: Any, **named: Any) -> WindowStatistics:
         steps.append(Seen(*arguments))
-        return update(self, *arguments)
+        return update(self, *arguments, **named)
 
     monkeypatch.setattr(WindowStatistics, "update", spy)
     yield steps

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.fabric.utilities.exceptions
 import lightning_fabric.utilities.exceptions
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgd_probe import ProbeConfig, SGDProbe, Verdict
+from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 from tests.integrations.harness import PACKAGES, RecordingDataset, fit, loader, mlp
 
 
@@ -157,13 +159,29 @@ def _without_cost(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key != "cost"}
 
 
-def test_without_replacement_every_mode_is_undetermined_and_says_why(tmp_path: Path) -> None:
+def test_without_replacement_the_steps_of_an_epoch_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[Draw] = []
+    update = WindowStatistics.update
+
+    def spy(self: WindowStatistics, *arguments: Any, **named: Any) -> WindowStatistics:
+        draws.append(named["draw"])
+        return update(self, *arguments, **named)
+
+    monkeypatch.setattr(WindowStatistics, "update", spy)
     probe = quick_probe(strict=True)
-    fit("pytorch_lightning", mlp, lambda: data(replacement=False), [probe], tmp_path)
+    shuffled = data(replacement=False)
+    fit("pytorch_lightning", mlp, lambda: shuffled, [probe], tmp_path)
+    assert probe.results
     for result in probe.results:
-        assert result.counts()[Verdict.UNDETERMINED] == 5
-        assert all("without replacement" in mode.reason for mode in result.modes)
         assert any("without replacement" in warning for warning in result.warnings)
+        assert not any("without replacement" in mode.reason for mode in result.modes)
+    assert shuffled.batch_size is not None
+    batches = len(shuffled.dataset) / shuffled.batch_size  # type: ignore[arg-type]
+    assert {draw.batches for draw in draws} == {batches}
+    gaps = np.diff(np.flatnonzero([draw.first for draw in draws]))
+    assert min(gaps) == len(shuffled)  # more where no window was open
 
 
 def test_adamw_is_measured_and_its_verdicts_withheld(tmp_path: Path) -> None:
