@@ -74,7 +74,7 @@ def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
 
     Either the search holds most, with its basis and room for what is found after it, or the certification:
     the directions, the images of the top ones under two halves of the batches where the basis had room for
-    them, and those of the others.
+    them, and those of the others; the flat ones twice, and what two graphs at a time hold.
 
     Args:
         config: how many directions.
@@ -85,7 +85,7 @@ def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
     overlap = 2 * config.top if 2 * config.top + rows <= basis_vectors else 0
     mixed = rows - config.top if batches >= MIN_BATCHES else 0
     searching = basis_vectors + config.interior + config.flat + BLOCK_ROWS - 1 + 3
-    return max(searching, rows + overlap + mixed + 4)
+    return max(searching, rows + overlap + mixed + config.flat + 8)
 
 
 def choose_curvature_batches(
