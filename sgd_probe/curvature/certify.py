@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import HessianOperator
-from sgd_probe.curvature.linear_algebra import gram, inner
+from sgd_probe.curvature.linear_algebra import dot, gram, inner
 
 #: Fewer minibatches say nothing of a covariance.
 MIN_BATCHES = 8
@@ -103,7 +103,7 @@ def certify(
 
 def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float]:
     """v.Hv of every row, over all batches of the operator; one product each."""
-    return [float(inner(operator.matvec(v).unsqueeze(0), v)) for v in vectors]
+    return [dot(operator.matvec(v), v) for v in vectors]
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,15 @@ def _images(
     gradients = operator.gradients() if with_gradients else None
     for index, (weight, product) in enumerate(operator.matvec_per_batch(vector)):
         images.weights.append(weight)
-        images.quotients.append(_dot(vector, product))
-        own_square += weight**2 * _dot(product, product)
+        images.quotients.append(dot(vector, product))
+        own_square += weight**2 * dot(product, product)
         halves[index % 2].add_(product, alpha=weight)
         if gradients is not None:
             _, gradient = next(gradients)
-            images.noise.append(_dot(vector, gradient))
-            images.own_pull.append(_dot(product, gradient))
-    square = sum(_dot(half, half) for half in halves) + 2 * _dot(*halves)
+            images.noise.append(dot(vector, gradient))
+            images.own_pull.append(dot(product, gradient))
+    square = sum(dot(half, half) for half in halves) + 2 * dot(*halves)
     return dataclasses.replace(images, own_square=own_square, square=square), halves
-
-
-def _dot(one: Tensor, other: Tensor) -> float:
-    return float(inner(one.unsqueeze(0), other))
 
 
 def _certificate(images: _Images, weighted: float, weighted_error: float) -> Certificate:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LinearOperator
-from sgd_probe.curvature.linear_algebra import inner, norm
+from sgd_probe.curvature.linear_algebra import dot, norm
 
 #: Width of the Gaussians that broaden a density, in units of its largest |node|.
 _RELATIVE_WIDTH = 0.01
@@ -191,7 +191,7 @@ def trace_samples(operator: LinearOperator, like: Tensor, generator: torch.Gener
     """Unbiased estimates of the trace, one product each, without end."""
     while True:
         signs = _signs(operator.size, like, generator)
-        yield float(inner(signs[None], operator.matvec(signs)))
+        yield dot(signs, operator.matvec(signs))
 
 
 def standard_error(samples: Tensor) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sgd_probe.curvature.flat import Quadrature
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LanczosResult, LinearOperator
-from sgd_probe.curvature.linear_algebra import inner, norm
+from sgd_probe.curvature.linear_algebra import dot, norm
 
 #: Products that it takes at most, however many directions are asked for.
 INTERIOR_PRODUCTS = 2
@@ -134,7 +134,7 @@ def _mixtures(
     along = operator.matvec(krylov[widest])
     krylov.orthogonalise(along)
     along /= norm(along)
-    corner = inner(operator.matvec(along).unsqueeze(0), along).cpu()
+    corner = torch.tensor([dot(operator.matvec(along), along)], dtype=torch.float64)
     arrowhead = torch.diag(torch.cat([values, corner]))
     arrowhead[-1, :-1] = arrowhead[:-1, -1] = spreads
     nodes, axes = torch.linalg.eigh(arrowhead)

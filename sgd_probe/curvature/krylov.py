@@ -7,7 +7,7 @@ has room for what is wanted in the end, as one contiguous matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -85,9 +85,8 @@ class KrylovBasis:
         taken = torch.zeros(self._count, dtype=torch.float64)
         rows = self._rows()
         start = max(self._count - 2, 0) if recurrence else 0
-        taken[start:] = _take_out(self._last(start) if recurrence else rows, vector, inner)
-        # What is left is small, and so is the error of a plain sum over it.
-        return taken.add_(_take_out(rows, vector, torch.mv))
+        taken[start:] = _take_out(self._last(start) if recurrence else rows, vector)
+        return taken.add_(_take_out(rows, vector))
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the vectors by combinations of them, in place, and forget the rest.
@@ -159,9 +158,9 @@ class KrylovBasis:
         ]
 
 
-def _take_out(parts: list[Tensor], vector: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _take_out(parts: list[Tensor], vector: Tensor) -> Tensor:
     """Take the components along rows out of a vector, in place; returns them, float64 on the CPU."""
-    found = [product(rows, vector) for rows in parts]
+    found = [inner(rows, vector) for rows in parts]
     for rows, components in zip(parts, found, strict=True):
         vector.addmv_(rows.T, components.to(vector.dtype), alpha=-1.0)
-    return torch.cat(found).cpu().double() if found else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)

@@ -33,6 +33,11 @@ def inner(rows: Tensor, vector: Tensor) -> Tensor:
     return total
 
 
+def dot(one: Tensor, other: Tensor) -> float:
+    """Inner product of two vectors, accumulated in float64."""
+    return float(inner(one.unsqueeze(0), other))
+
+
 def gram(rows: Tensor) -> Tensor:
     """Inner products of all rows with each other, accumulated in float64.
 
@@ -51,21 +56,6 @@ def gram(rows: Tensor) -> Tensor:
 def norm(vector: Tensor) -> float:
     """Euclidean norm, accumulated in float64."""
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-
-
-def orthogonalise(vector: Tensor, rows: Tensor, coefficients: Tensor | None = None) -> None:
-    """Take the components along orthonormal rows out of a vector, in place, twice for accuracy.
-
-    Args:
-        vector: shape (size,), changed in place.
-        rows: shape (k, size), orthonormal.
-        coefficients: float64 of shape (k,), to which the components taken out are added.
-    """
-    for _ in range(2):
-        found = inner(rows, vector)
-        vector.addmv_(rows.T, found.to(vector.dtype), alpha=-1.0)
-        if coefficients is not None:
-            coefficients += found
 
 
 def random_unit(size: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgd_probe.curvature.finite_differences import FiniteDifferenceOperator
 from sgd_probe.curvature.hessian import HessianOperator, WrongHessianError
-from sgd_probe.curvature.linear_algebra import inner, norm, random_unit
+from sgd_probe.curvature.linear_algebra import dot, norm, random_unit
 from sgd_probe.curvature.space import ParameterSpace
 
 #: Largest tolerated ``|u.Hw - w.Hu|`` relative to ``|w.Hu|``, in units of sqrt(eps).
@@ -114,7 +114,7 @@ def check_symmetry(operator: HessianOperator, generator: torch.Generator) -> str
     length = norm(image)
     if length == 0:
         return "the Hessian vanishes on random vectors: a loss that is linear in the weights"
-    defect = abs(float(inner(u[None], operator.matvec(image / length))) / length - 1.0)
+    defect = abs(dot(u, operator.matvec(image / length)) / length - 1.0)
     if defect > SYMMETRY_TOLERANCE * torch.finfo(space.dtype).eps ** 0.5:
         raise WrongHessianError(
             f"expected a symmetric Hessian, found u.Hw and w.Hu apart by {defect:.0e}: "
@@ -159,7 +159,7 @@ def _compare(operator: HessianOperator, generator: torch.Generator) -> _Comparis
             _, gradient = next(exact.gradients())
             product = exact.matvec(direction)
     slope, rounding = differences.slope(batch, direction)
-    apart = abs(slope - float(inner(gradient[None], direction))) - rounding
+    apart = abs(slope - dot(gradient, direction)) - rounding
     gaps = _gaps(space, product, expected)
     where = max(gaps, key=gaps.__getitem__)
     return _Comparison(

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from sgd_probe.curvature.linear_algebra import CHUNK, inner, norm, orthogonalise, random_unit
+from sgd_probe.curvature.krylov import KrylovBasis
+from sgd_probe.curvature.linear_algebra import CHUNK, inner, norm, random_unit
 from tests.helpers.dense import assert_orthonormal
 
 SIZES = [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 30 * CHUNK + 17]
@@ -16,6 +17,13 @@ LIKE = torch.empty(0)
 
 def draw(*shape: int, offset: float = 0.0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) + offset
+
+
+def basis_of(rows: torch.Tensor) -> KrylovBasis:
+    basis = KrylovBasis(LIKE, rows.shape[1])
+    for row in rows:
+        basis.append(row)
+    return basis
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -45,9 +53,9 @@ def test_a_long_sum_is_better_than_float32() -> None:
 def test_orthogonalise(size: int) -> None:
     rows = torch.linalg.qr(draw(size, 8).double()).Q.T.contiguous().float()
     vector = (rows.T @ torch.arange(1.0, 9.0)) + 1e-3 * draw(size)
-    original, coefficients = vector.double(), torch.zeros(8, dtype=torch.float64)
+    original = vector.double()
 
-    orthogonalise(vector, rows, coefficients)
+    coefficients = basis_of(rows).orthogonalise(vector)
 
     assert float((rows.double() @ vector.double()).abs().max()) < 1e-6
     rebuilt = vector.double() + rows.double().T @ coefficients
@@ -57,19 +65,20 @@ def test_orthogonalise(size: int) -> None:
 def test_orthogonal_to_nothing_is_unchanged() -> None:
     vector = draw(2 * CHUNK)
     expected = vector.clone()
-    orthogonalise(vector, torch.empty(0, len(vector)))
+    basis_of(torch.empty(0, len(vector))).orthogonalise(vector)
     assert torch.equal(vector, expected)
 
 
 def test_a_basis_stays_orthonormal_in_float32() -> None:
-    size, rows = 20 * CHUNK + 5, torch.empty(0, 20 * CHUNK + 5)
+    size = 20 * CHUNK + 5
+    basis = KrylovBasis(LIKE, size)
     generator = torch.Generator().manual_seed(0)
     direction = draw(size)
     for _ in range(20):
         vector = direction + 1e-3 * random_unit(size, LIKE, generator)  # nearly parallel to the others
-        orthogonalise(vector, rows)
-        rows = torch.cat([rows, (vector / norm(vector))[None]])
-    assert_orthonormal(rows, atol=1e-6)
+        basis.orthogonalise(vector)
+        basis.append(vector / norm(vector))
+    assert_orthonormal(basis.matrix(), atol=1e-6)
 
 
 def test_random_units() -> None:
