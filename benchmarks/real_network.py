@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _figures import picture
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -632,7 +631,7 @@ def _ratio_figure(cases: dict[tuple[float, int], Case], path: Path) -> None:
         type="log", range=[math.log10(0.85), math.log10(2.0)], tickvals=[0.9, 1, 1.1, 1.25, 1.5, 1.75, 2]
     )
     figure.update_yaxes(title="measured / predicted", col=1)
-    _picture(figure, path, (1100, 800))
+    picture(figure, path, (1100, 800))
 
 
 def _mode_figure(cases: dict[tuple[float, int], Case], lines: list[Diffusion], path: Path) -> None:
@@ -690,7 +689,7 @@ def _mode_figure(cases: dict[tuple[float, int], Case], lines: list[Diffusion], p
     figure.update_yaxes(title="V / V<sub>Langevin</sub>", range=[0.7, 5], row=1, col=1)
     figure.update_xaxes(title="η", type="log", tickvals=[0.05, 0.1, 0.2, 0.5, 1], row=1, col=2)
     figure.update_yaxes(title="D per unit of η t", type="log", dtick=1, exponentformat="power", row=1, col=2)
-    _picture(figure, path, (1200, 640))
+    picture(figure, path, (1200, 640))
 
 
 def _bars(estimates: Sequence[Estimate | None]) -> dict[str, Any]:
@@ -701,19 +700,6 @@ def _bars(estimates: Sequence[Estimate | None]) -> dict[str, Any]:
         "array": [each.high - each.value for each in known],
         "arrayminus": [each.value - each.low for each in known],
     }
-
-
-def _picture(figure: Any, path: Path, size: tuple[int, int]) -> None:
-    figure.update_layout(width=size[0], height=size[1])
-    screenshot = Path(__file__).resolve().parent.parent / "docs" / "screenshot.py"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        html = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
-        page.write_text(
-            html.replace("<head>", "<head><style>body { margin: 0 }</style>", 1), encoding="utf-8"
-        )
-        shape = f"{size[0]},{size[1]}"
-        subprocess.run([sys.executable, str(screenshot), str(page), str(path), "--size", shape], check=True)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ import argparse
 import itertools
 import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _figures import picture
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 from scipy.stats import norm
@@ -518,7 +517,7 @@ def _variance_figure(folder: Path, replicas: int, rng: np.random.Generator) -> N
     figure.update_layout(legend={"x": 0.02, "y": 0.98})
     figure.update_xaxes(title="curvature, share of the stability limit", range=[0, 0.96])
     figure.update_yaxes(title="V / V<sub>Langevin</sub>", type="log", tickvals=[0.2, 0.5, 1, 2, 5, 10, 20])
-    _picture(figure, folder / "theory-variance.png")
+    picture(figure, folder / "theory-variance.png")
 
 
 def _over_langevin(eigenvalue: float, dynamics: SGDDynamics) -> float:
@@ -570,7 +569,7 @@ def _displacement_figure(folder: Path, replicas: int, rng: np.random.Generator) 
     figure.update_layout(legend={"x": 0.02, "y": 0.98})
     figure.update_xaxes(title="lag (steps)", type="log", dtick=1)
     figure.update_yaxes(title="MSD / (eta<sup>2</sup> S<sup>2</sup> / B)", type="log", dtick=1)
-    _picture(figure, folder / "theory-displacement.png")
+    picture(figure, folder / "theory-displacement.png")
 
 
 def _simulated_displacements(
@@ -636,18 +635,7 @@ def _density_figure(folder: Path, replicas: int, rng: np.random.Generator) -> No
     figure.update_layout(legend={"x": 0.65, "y": 0.99})
     figure.update_xaxes(range=[-2.8, 2.2])
     figure.update_xaxes(title="weight", row=2, col=1)
-    _picture(figure, folder / "theory-density.png", (1000, 820))
-
-
-def _picture(figure: Any, path: Path, size: tuple[int, int] = (1000, 620)) -> None:
-    figure.update_layout(width=size[0], height=size[1])
-    screenshot = Path(__file__).resolve().parent.parent / "docs" / "screenshot.py"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        html = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
-        page.write_text(html.replace("<head>", "<head><style>body { margin: 0 }</style>", 1))
-        shape = f"{size[0]},{size[1]}"
-        subprocess.run([sys.executable, str(screenshot), str(page), str(path), "--size", shape], check=True)
+    picture(figure, folder / "theory-density.png", (1000, 820))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from _figures import picture
 from _replicas import Truth
 from scipy.stats import beta
 
@@ -267,7 +266,7 @@ def _power_figure(folder: Path, seed: int) -> None:
         xaxis_title="relaxation times in the window (0: flat)",
         yaxis_title="windows (%)",
     )
-    _picture(figure, folder / "verdicts-power.png")
+    picture(figure, folder / "verdicts-power.png")
 
 
 def _epochs_figure(folder: Path, seed: int) -> None:
@@ -297,18 +296,7 @@ def _epochs_figure(folder: Path, seed: int) -> None:
         },
         yaxis_title="called confined (%)",
     )
-    _picture(figure, folder / "verdicts-epochs.png")
-
-
-def _picture(figure: Any, path: Path, size: tuple[int, int] = (1000, 620)) -> None:
-    figure.update_layout(width=size[0], height=size[1])
-    screenshot = Path(__file__).resolve().parent.parent / "docs" / "screenshot.py"
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "figure.html"
-        html = figure.to_html(include_plotlyjs=True, config={"displayModeBar": False})
-        page.write_text(html.replace("<head>", "<head><style>body { margin: 0 }</style>", 1))
-        shape = f"{size[0]},{size[1]}"
-        subprocess.run([sys.executable, str(screenshot), str(page), str(path), "--size", shape], check=True)
+    picture(figure, folder / "verdicts-epochs.png")
 
 
 if __name__ == "__main__":
