@@ -7,9 +7,8 @@ ordinary PyTorch, on one seed and without vmap.
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from torch.nn import functional as F
 
-SCRIPT = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "real_network.py"
 #: Of a case; the intervals of the benchmark are narrower.
 SEEDS = 64
 
@@ -29,12 +27,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def network() -> Any:
     """The benchmark as a module."""
-    spec = importlib.util.spec_from_file_location("real_network", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("real_network")
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +187,7 @@ def test_recursion_of_all_modes_where_every_sample_is_quadratic(network: Any, mi
 def test_one_seed_has_no_variance(
     network: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--seeds", "1"])
+    monkeypatch.setattr(sys, "argv", ["real_network.py", "--seeds", "1"])
     with pytest.raises(SystemExit):
         network.main()
     assert "expected at least two seeds, found 1" in capsys.readouterr().err
