@@ -122,6 +122,23 @@ class ModeResult:
         marks: plain-word reservations about this mode (it rotated, its noise has heavy tails ...).
         layer_shares: share of each parameter in the direction's squared length, largest first.
         displacements: mean squared displacement by lag.
+        undermined: what a mark says takes the ground from under the verdict.
+        resampled_noise: noise variance from gradients of held-out batches at the window's start, the check on
+            ``noise_variance``; unknown for fewer than eight batches.
+        noise_correlation: of the noise of successive steps (0 for independent draws).
+        noise_fading: noise variance in the window's last part over that in its first, where they differ
+            significantly; else 1.
+        drift: net displacement per optimizer step, with the interval that free diffusion gives it.
+        detrended_diffusion: D per optimizer step with the net displacement taken off.
+        green_kubo_diffusion: D per optimizer step of a flat mode from the correlation of its noise alone;
+            only with replacement.
+        anomalous_exponent: of the mean squared displacement in the lag: 1 for diffusion, 0 once confined.
+        force_slope: slope of the used gradient on what the measured curvature says it should be (1 in a
+            quadratic loss); for directions that are no eigenvectors.
+        start_gradient_z: mean gradient at the window's start over its standard error.
+        radial_share: share of the direction that only stretches rows of weights.
+        preconditioner_change: mean of an adaptive optimizer's preconditioner along the mode at the window's
+            end over that at its start; 1 for others.
     """
 
     name: str
@@ -157,6 +174,18 @@ class ModeResult:
     marks: tuple[str, ...] = ()
     layer_shares: Mapping[str, float] = field(default_factory=dict)
     displacements: tuple[LagPoint, ...] = ()
+    undermined: bool = False
+    resampled_noise: Interval = field(default_factory=Interval.unknown)
+    noise_correlation: float = math.nan
+    noise_fading: float = math.nan
+    drift: Interval = field(default_factory=Interval.unknown)
+    detrended_diffusion: Interval = field(default_factory=Interval.unknown)
+    green_kubo_diffusion: Interval = field(default_factory=Interval.unknown)
+    anomalous_exponent: Interval = field(default_factory=Interval.unknown)
+    force_slope: Interval = field(default_factory=Interval.unknown)
+    start_gradient_z: float = math.nan
+    radial_share: float = math.nan
+    preconditioner_change: float = 1.0
 
     @property
     def mixed(self) -> bool:
@@ -185,6 +214,9 @@ class CurvatureResult:
         converged: every top mode reached the tolerance.
         message: why the solver stopped, in plain words.
         self_test: what the operator's self-test said.
+        held_out_overlap: how nearly the top modes span a subspace that the held-out Hessian leaves alone:
+            mean squared cosine with their images, in [0, 1].
+        end_overlap: the same with the Hessian at the window's end: what is less has turned.
     """
 
     lambda_max: float
@@ -199,6 +231,8 @@ class CurvatureResult:
     message: str
     self_test: str
     split_half_overlap: float = math.nan
+    held_out_overlap: float = math.nan
+    end_overlap: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +283,17 @@ class WindowResult:
         warnings: plain-word warnings that concern the whole window.
         expected_false_flags: how many of the flags raised by this window (diffusive or drifting
             called on a confined mode, or confined called on a flat one) are expected to be wrong.
+        coordinates: what displacements are measured in: the weights, or weights scaled as the optimizer
+            scales them.
+        plan: why the window is as long as it is.
+        epochs: the horizon of its verdicts in epochs; NaN where the loader has none.
+        free_share: variance of a flat mode's net displacement over that under independent draws.
+        epoch_correlation: of the noise of two steps of an epoch, measured; NaN before five whole epochs.
+        expected_epoch_correlation: the same by the declared sampling, ``-1 / (n - 1)``.
+        pooled_diffusion: measured over free D, all diffusive flat modes together: 1 where noise explains it.
+        joint_curvatures: eigenvalues of the regression of the stiff modes' gradients on their displacements,
+            all at once: they do not mind the modes turning within their subspace.
+        rate_jumps: steps at which the learning rate jumped by more than a tenth.
     """
 
     index: int
@@ -269,6 +314,15 @@ class WindowResult:
     modes: tuple[ModeResult, ...]
     warnings: tuple[str, ...] = ()
     expected_false_flags: float = math.nan
+    coordinates: str = "weights"
+    plan: str = ""
+    epochs: float = math.nan
+    free_share: float = math.nan
+    epoch_correlation: float = math.nan
+    expected_epoch_correlation: float = math.nan
+    pooled_diffusion: Interval = field(default_factory=Interval.unknown)
+    joint_curvatures: tuple[float, ...] = ()
+    rate_jumps: int = 0
 
     def counts(self) -> dict[Verdict, int]:
         """Number of modes per verdict; every verdict is a key and the values add up to the modes."""
@@ -303,6 +357,10 @@ class WindowResult:
             values["cost"] = CostResult(**_fields(CostResult, values["cost"]))
             values["modes"] = tuple(_mode_from(mode) for mode in _list("modes", values["modes"]))
             values["warnings"] = _texts("warnings", values["warnings"])
+            if "pooled_diffusion" in values:
+                values["pooled_diffusion"] = _interval_from(values["pooled_diffusion"])
+            curvatures = _list("joint_curvatures", values.get("joint_curvatures", ()))
+            values["joint_curvatures"] = tuple(_checked(float, "joint_curvatures", c) for c in curvatures)
             return cls(**_fields(cls, values))
         except KeyError as error:
             raise ValueError(f"expected a whole window result, found none of its {error}") from error
@@ -358,6 +416,9 @@ def _interval_from(data: Any) -> Interval:
     return Interval(**_fields(Interval, data))
 
 
+_INTERVALS = {f.name for f in dataclasses.fields(ModeResult) if str(f.type) == "Interval"}
+
+
 def _mode_from(data: Any) -> ModeResult:
     values = _fields(ModeResult, data)
     values["kind"] = ModeKind(values["kind"])
@@ -365,13 +426,7 @@ def _mode_from(data: Any) -> ModeResult:
     values["marks"] = _texts("marks", values["marks"])
     shares = dict(values["layer_shares"])
     values["layer_shares"] = {name: _checked(float, name, share) for name, share in shares.items()}
-    for key in (
-        "noise_variance",
-        "noise_weighted_curvature",
-        "measured_curvature",
-        "diffusion",
-        "diffusion_per_time",
-    ):
+    for key in _INTERVALS & set(values):
         values[key] = _interval_from(values[key])
     values["displacements"] = tuple(
         LagPoint(**{**_fields(LagPoint, point), "measured": _interval_from(point["measured"])})

@@ -41,13 +41,14 @@ POINTS = st.builds(
 
 
 def built(cls: type, **special: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Any value of a dataclass whose plain fields are float, int, bool or str."""
+    """Any value of a dataclass whose plain fields are numbers, bool, str or intervals."""
     plain: dict[str, st.SearchStrategy[Any]] = {
         "float": NUMBERS,
         "int": st.integers(),
         "bool": st.booleans(),
         "str": TEXTS,
         "Interval": INTERVALS,
+        "tuple[float, ...]": st.lists(NUMBERS, max_size=3).map(tuple),
     }
     fields = dataclasses.fields(cls)
     plainly = {f.name: plain[str(f.type)] for f in fields if f.name not in special}

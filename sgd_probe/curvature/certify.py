@@ -57,10 +57,16 @@ class Certification:
             halves of the batches (one step of subspace iteration each): 1 where the samples settle the
             top subspace, its dimension over the number of weights where they say nothing of it. NaN for
             one batch or no top direction.
+        held_out_overlap: the same between the top directions and their images under all batches: how nearly
+            they span a subspace that the held-out Hessian leaves alone.
+        images: Hv of every direction that is no top one, by each of two halves of the batches: shape (2,
+            mixed, size); None for one batch or no such direction.
     """
 
     certificates: tuple[Certificate, ...]
     split_half_overlap: float
+    held_out_overlap: float = math.nan
+    images: Tensor | None = None
 
 
 def certify(
@@ -68,8 +74,8 @@ def certify(
 ) -> Certification:
     """Certify directions; one product (over all batches of the operator) each.
 
-    Two more vectors are held meanwhile, another for each direction that is no top one and, for the overlap,
-    two for each top one.
+    Two more vectors are held meanwhile, two for each direction that is no top one (which stay, as images)
+    and, for the overlap, two for each top one.
 
     Args:
         operator: over batches disjoint from those that found the directions.
@@ -81,29 +87,65 @@ def certify(
     enough = len(operator.batches) >= MIN_BATCHES
     with_overlap = with_overlap and len(operator.batches) > 1 and top > 0
     halves = [vectors.new_empty((top if with_overlap else 0, vectors.shape[1])) for _ in range(2)]
-    totals = vectors.new_empty((len(vectors) - top if enough else 0, vectors.shape[1]))
+    mixed = vectors.new_empty((2, len(vectors) - top, vectors.shape[1]))
     images: list[_Images] = []
     for index, vector in enumerate(vectors):
-        mixed = enough and index >= top
-        image, parts = _images(operator, vector, with_gradients=mixed)
+        image, parts = _images(operator, vector, with_gradients=enough and index >= top)
         images.append(image)
-        if mixed:
-            torch.add(*parts, out=totals[index - top])
-        elif with_overlap and index < top:
+        if index >= top:
+            for half, part in zip(mixed, parts, strict=True):
+                half[index - top] = part
+        elif with_overlap:
             for half, part in zip(halves, parts, strict=True):
                 half[index] = part
-    overlap = _overlap(*halves) if with_overlap else math.nan
+    overlap = held_out = math.nan
+    if with_overlap:
+        overlap = _overlap(*halves)
+        held_out = _overlap(vectors[:top], halves[0].add_(halves[1]))
     halves.clear()
     weighted = [(math.nan, math.nan)] * len(vectors)
-    if len(totals):
-        weighted[top:] = _noise_weighted(operator, images[top:], totals)
+    if enough and top < len(vectors):
+        weighted[top:] = _noise_weighted(operator, images[top:], mixed)
     certificates = tuple(_certificate(i, *w) for i, w in zip(images, weighted, strict=True))
-    return Certification(certificates, overlap)
+    if len(operator.batches) < 2 or top == len(vectors):
+        return Certification(certificates, overlap, held_out)
+    # From parts of a weighted sum to means.
+    even = sum(images[0].weights[::2])
+    mixed[0].div_(even)
+    mixed[1].div_(1 - even)
+    return Certification(certificates, overlap, held_out, mixed)
 
 
-def rayleigh_quotients(operator: HessianOperator, vectors: Tensor) -> list[float]:
-    """v.Hv of every row, over all batches of the operator; one product each."""
-    return [dot(operator.matvec(v), v) for v in vectors]
+@dataclass(frozen=True)
+class Revisited:
+    """What batches say of directions later on.
+
+    Attributes:
+        eigenvalues: v.Hv of each.
+        overlap: as :attr:`Certification.held_out_overlap`.
+    """
+
+    eigenvalues: tuple[float, ...]
+    overlap: float
+
+
+def revisit(operator: HessianOperator, vectors: Tensor, top: int = 0) -> Revisited:
+    """Look at directions again, over all batches of the operator; one product each.
+
+    Args:
+        operator: over the batches that certified them.
+        vectors: unit rows, shape (k, size).
+        top: how many of the first rows span the subspace whose overlap is asked for; as many vectors are held
+            meanwhile.
+    """
+    images = vectors.new_empty((top, vectors.shape[1]))
+    quotients = []
+    for index, vector in enumerate(vectors):
+        product = operator.matvec(vector)
+        quotients.append(dot(product, vector))
+        if index < top:
+            images[index] = product
+    return Revisited(tuple(quotients), _overlap(vectors[:top], images) if top else math.nan)
 
 
 @dataclass(frozen=True)
@@ -170,14 +212,17 @@ def _certificate(images: _Images, weighted: float, weighted_error: float) -> Cer
 
 
 def _noise_weighted(
-    operator: HessianOperator, images: list[_Images], totals: Tensor
+    operator: HessianOperator, images: list[_Images], halves: Tensor
 ) -> list[tuple[float, float]]:
     """Slope of (Hv).g on v.g over the batches' gradients, and its jackknife error, per direction.
+
+    Hv is the sum of two halves, shape (2, directions, size).
 
     A batch with large errors has both a large gradient and a large Hessian: its own H_B is taken out of
     the H that its gradient meets.
     """
-    pulls = torch.stack([inner(totals, gradient).cpu() for _, gradient in operator.gradients()]).T
+    sums = [inner(halves[0], g) + inner(halves[1], g) for _, g in operator.gradients()]
+    pulls = torch.stack(sums).cpu().T
     weights = torch.tensor(images[0].weights, dtype=torch.float64)
     found = []
     for image, pull in zip(images, pulls, strict=True):

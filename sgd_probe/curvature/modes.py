@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -66,9 +67,11 @@ class ModeBasis:
             directions.
         products: Hessian-vector products spent, certification included.
         split_half_overlap: how well the held-out samples settle the top subspace, in [0, 1].
+        held_out_overlap: how nearly the top modes span a subspace that the held-out Hessian leaves alone.
         orthogonality: largest |v_i . v_j|.
         converged: every top mode is within the tolerance.
         message: why the solver stopped.
+        images: two held-out estimates of Hv of every direction that is no top one, shape (2, rows, size).
     """
 
     vectors: Tensor
@@ -78,6 +81,8 @@ class ModeBasis:
     orthogonality: float
     converged: bool
     message: str
+    held_out_overlap: float = math.nan
+    images: Tensor | None = None
 
     @property
     def lambda_max(self) -> float:
@@ -187,6 +192,8 @@ def find_modes(
         orthogonality=orthogonality(vectors),
         converged=stiff.converged,
         message=stiff.message,
+        held_out_overlap=certification.held_out_overlap,
+        images=certification.images,
     )
 
 

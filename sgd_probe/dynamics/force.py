@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sgd_probe.dynamics.regression import regressed_out
 from sgd_probe.dynamics.statistics import WindowStatistics
 
 Array = NDArray[np.float64]
@@ -40,13 +41,21 @@ class ForceTest:
 
 
 def force_test(statistics: WindowStatistics) -> ForceTest:
-    """Regress the used gradient on (1, u) over the steps that had u; NaN where there were none."""
-    n, u, g, uu, ug, gg = statistics.force
+    """Regress the used gradient on (1, u) over the steps that had u; NaN where there were none.
+
+    A measured Hv has errors of its own, and of a flat direction they are most of it: each of two independent
+    estimates is the other's instrument, ``Cov(u, g) / Cov(u_1, u_2)``, so that the slope is not pulled to
+    zero (errors in variables: Fuller, Measurement Error Models, chapter 1).
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        square, product, total = uu - u * u / n, ug - u * g / n, gg - g * g / n
-        slope = product / square
-        variance = np.maximum(total - slope * product, 0.0) / (n - 2)
-        return ForceTest(np.asarray(slope), np.sqrt(variance / square))
+        rest = regressed_out(statistics.force, 0)
+        first, second, gradient = 1, 2, 3
+        shared, product = rest[first, second], (rest[first, gradient] + rest[second, gradient]) / 2
+        square = (rest[first, first] + rest[second, second] + 2 * shared) / 4
+        slope = np.where(shared > 0, product / shared, np.nan)
+        left = rest[gradient, gradient] - 2 * slope * product + slope**2 * square
+        variance = np.maximum(left, 0.0) / (statistics.informative - 2)
+        return ForceTest(np.asarray(slope), np.asarray(np.sqrt(variance * square) / shared))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""From gradients and weights of a step to k numbers a mode, without keeping anything of the step."""
+"""From gradients and weights of a step to a few numbers a mode, without keeping anything of the step.
+
+With a scaling S all is in the coordinates ``y = S^-1 theta``: there the gradient is ``S g``.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,16 @@ class Projection:
     Attributes:
         gradient: v.g of the optimizer's gradient.
         displacement: v.(theta - theta_0).
-        decay: v.W(theta - theta_0), W the coupled weight decay of each weight.
+        decay: v.W(theta - theta_0), W the weight decay of each weight.
         gradient_square: g.g, a single number.
+        force: (Hv).(theta - theta_0) by two estimates of Hv, shape (2, k); zero for modes without.
     """
 
     gradient: Array
     displacement: Array
     decay: Array
     gradient_square: float
+    force: Array
 
     @property
     def finite(self) -> bool:
@@ -41,10 +46,23 @@ class Projector:
     Args:
         basis: shape (k, size), contiguous rows over the flat layout of the parameters.
         parameters: the live parameters in that layout; never written to.
+        scaling: the diagonal of S, shape (size,); None is the identity.
+        preconditioned_decay: weight decay is part of what S scales twice, like the gradient.
+        images: two estimates of Hv for the last rows of the basis, shape (2, rows, size).
     """
 
-    def __init__(self, basis: Tensor, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        basis: Tensor,
+        parameters: Sequence[Tensor],
+        scaling: Tensor | None = None,
+        preconditioned_decay: bool = False,
+        images: Tensor | None = None,
+    ) -> None:
         self._basis = basis
+        self._scaling = scaling
+        self._preconditioned_decay = preconditioned_decay and scaling is not None
+        self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
         self._work = torch.zeros(basis.shape[1], dtype=basis.dtype, device=basis.device)
         self._views = [
@@ -57,11 +75,19 @@ class Projector:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
         if not any(decays):
             return np.zeros(len(self._basis))
-        return self._project(self._decayed(self._origin, decays))
+        origin = self._origin if self._scaling is None else self._origin / self._scaling
+        return self._project(self._decayed(origin, decays))
 
     def displacement(self) -> Array:
         """v.(theta - theta_0) of the weights as they are, shape (k,)."""
-        return self._project(self._flat(self._parameters).sub_(self._origin))
+        return self._project(self._moved())
+
+    def norms(self) -> Array:
+        """Norm of every parameter at theta_0 and as it is now, shape (2, parameters)."""
+        then = torch.stack([piece.norm() for piece in _pieces(self._origin, self._parameters)])
+        now = torch.stack([parameter.detach().norm().to(then) for parameter in self._parameters])
+        norms: Array = torch.stack([then, now]).double().cpu().numpy()
+        return norms
 
     def project(self, decays: Sequence[float]) -> Projection | None:
         """Read value and ``grad`` of every parameter.
@@ -76,17 +102,29 @@ class Projector:
         if all(gradient is None for gradient in gradients):
             return None
         flat = self._flat(gradients)
+        if self._scaling is not None:
+            flat.mul_(self._scaling)
         gradient, square = self._basis @ flat, flat @ flat
-        moved = self._flat(self._parameters).sub_(self._origin)
+        moved = self._moved()
         displacement = self._basis @ moved
-        if len(set(decays)) == 1:
+        if len(set(decays)) == 1 and not (decays[0] and self._preconditioned_decay):
             decay = displacement * decays[0]
         else:
             decay = self._basis @ self._decayed(moved, decays)
+        images = self._images
+        force = moved.new_empty(0) if images is None else images @ moved
         # One transfer from the device for all the numbers of a step.
-        numbers = torch.cat([gradient, displacement, decay, square[None]]).double().cpu().numpy()
-        gradient_row, displacement_row, decay_row = numbers[:-1].reshape(3, -1)
-        return Projection(gradient_row, displacement_row, decay_row, float(numbers[-1]))
+        numbers = torch.cat([square[None], gradient, displacement, decay, force]).double().cpu().numpy()
+        modes = len(self._basis)
+        along, position, decayed = numbers[1 : 3 * modes + 1].reshape(3, modes)
+        pulls = np.zeros((2, modes))
+        if images is not None:
+            pulls[:, modes - len(images) // 2 :] = numbers[3 * modes + 1 :].reshape(2, -1)
+        return Projection(along, position, decayed, float(numbers[0]), pulls)
+
+    def _moved(self) -> Tensor:
+        moved = self._flat(self._parameters).sub_(self._origin)
+        return moved if self._scaling is None else moved.div_(self._scaling)
 
     @torch.no_grad()
     def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -100,6 +138,8 @@ class Projector:
 
     def _decayed(self, vector: Tensor, decays: Sequence[float]) -> Tensor:
         scaled = vector.clone()
+        if self._preconditioned_decay and self._scaling is not None:
+            scaled.mul_(self._scaling).mul_(self._scaling)
         for piece, decay in zip(_pieces(scaled, self._parameters), decays, strict=True):
             piece.mul_(decay)
         return scaled

@@ -49,7 +49,7 @@ def least_squares(products: Array, steps: float, ahead: Sequence[int] = (ONE,), 
     """
     rest = products
     for place in ahead:
-        rest = _regressed_out(rest, place)
+        rest = regressed_out(rest, place)
     xx, xg, gg = rest[X, X], rest[X, GRADIENT], rest[GRADIENT, GRADIENT]
     freedom = steps - len(ahead) - 1 - extra
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -60,7 +60,7 @@ def least_squares(products: Array, steps: float, ahead: Sequence[int] = (ONE,), 
         return Regression(slope=slope, standard_error=error, t=slope / error, variance=variance)
 
 
-def _regressed_out(products: Array, place: int) -> Array:
+def regressed_out(products: Array, place: int) -> Array:
     """The products of what is left of every column once one of them is regressed out."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         share = np.where(products[place, place] > 0, products[place] / products[place, place], 0.0)

@@ -88,8 +88,8 @@ class WindowStatistics:
         epoch_products: products of the sums of (1, x, g) over whole epochs, shape (3, 3, k).
         past_clock: variance of a flat mode's displacement over all epochs before this one, in units of the
             noise variance that an innovation has.
-        force: sums of 1, u, g, u^2, u g and g^2 over the steps that had u = (Hv).(theta - theta_0), shape
-            (6, k).
+        force: products of (1, u_1, u_2, g) over the steps that had u = (Hv).(theta - theta_0), by two
+            independent estimates of Hv, shape (4, 4, k).
         start: displacement before the first used step.
         position: displacement after the last used step.
         lag_position: displacement at the last multiple of 2^j steps, shape (levels, k).
@@ -201,7 +201,7 @@ class WindowStatistics:
             epoch=Epoch.of(modes, whole=False),
             epoch_products=np.zeros((3, 3, modes)),
             past_clock=0.0,
-            force=np.zeros((6, modes)),
+            force=np.zeros((4, 4, modes)),
             start=zeros,
             position=zeros,
             lag_position=np.zeros((levels, modes)),
@@ -231,11 +231,13 @@ class WindowStatistics:
             x_after: displacement after it, shape (k,).
             learning_rate: nominal learning rate of the step.
             effective_learning_rate: with momentum and dampening.
-            u: (Hv).(theta - theta_0) before the step where it is known, shape (k,).
+            u: (Hv).(theta - theta_0) before the step where it is known, by one or two estimates of Hv, shape
+                (k,) or (2, k).
             draw: how its minibatch was drawn.
         """
-        now = np.empty((COLUMNS, len(x)))
+        now = np.empty((COLUMNS + 2, len(x)))
         now[ONE], now[TIME], now[X], now[GRADIENT] = 1.0, self.steps, x, g
+        now[COLUMNS:] = 0.0 if u is None else u
         epoch, ended = self._epoch_for(draw)
         if math.isfinite(draw.batches):
             epoch, now = epoch.innovate(now, draw)
@@ -243,6 +245,7 @@ class WindowStatistics:
             squared_rates=epoch.squared_rates + effective_learning_rate**2 / draw.share,
             rates=epoch.rates + effective_learning_rate,
         )
+        now, pulls = now[:COLUMNS], now[COLUMNS:]
         one, time, x_now, g_now = float(now[ONE, 0]) if len(x) else 1.0, now[TIME], now[X], now[GRADIENT]
         at = float(time[0]) if len(x) else float(self.steps)
         even = g if draw.share == 1 else g * math.sqrt(draw.share)
@@ -279,7 +282,7 @@ class WindowStatistics:
             epoch=epoch,
             epoch_products=ended.get("epoch_products", self.epoch_products),
             past_clock=ended.get("past_clock", self.past_clock),
-            force=self.force if u is None else self.force + _products(u, g),
+            force=self.force if u is None else self.force + _products(now[ONE], *pulls, g_now),
             start=self.start if self.steps else x,
             position=x_after,
             **self._lags(steps, square, x, x_after),
@@ -450,7 +453,7 @@ class Epoch(NamedTuple):
     Attributes:
         drawn: batches drawn so far, a real number.
         whole: its first step was seen, and none left out since.
-        sums: of share times (1, t, x, g), shape (4, k).
+        sums: of share times (1, t, x, g, u_1, u_2), shape (6, k).
         plain: of (1, x, g), shape (3, k).
         squared_rates: of ``eta_eff^2 / share``.
         rates: of ``eta_eff``.
@@ -466,7 +469,7 @@ class Epoch(NamedTuple):
     @classmethod
     def of(cls, modes: int, *, whole: bool) -> Epoch:
         """An epoch without a step yet."""
-        return cls(0.0, whole, np.zeros((COLUMNS, modes)), np.zeros((3, modes)), 0.0, 0.0)
+        return cls(0.0, whole, np.zeros((COLUMNS + 2, modes)), np.zeros((3, modes)), 0.0, 0.0)
 
     @classmethod
     def from_state(cls, state: Any) -> Epoch:
@@ -530,8 +533,9 @@ def _delay(shift: float) -> Array:
     return move
 
 
-def _products(u: Array, g: Array) -> Array:
-    return np.stack((np.ones(len(g)), u, g, u * u, u * g, g * g))
+def _products(*columns: Array) -> Array:
+    rows = np.stack(columns)
+    return np.asarray(rows[:, None] * rows)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sgd_probe.curvature.certify import MIN_BATCHES
 from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
 from sgd_probe.curvature.krylov import BLOCK_ROWS
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
@@ -29,6 +28,8 @@ MAX_BATCHES = 32
 MAX_WINDOW = 2_000
 #: The pace of the training is measured over so many steps, after the slow first ones.
 WARM_UP_STEPS, PACE_STEPS = 5, 20
+#: Shortest window to which "auto" is cut because modes turn: flat directions can still be told.
+SHORTEST_WINDOW = 100
 #: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
 MARGIN = 1.25
 
@@ -69,21 +70,20 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
     return product_gradients(config, kept) * (finding_products(config) + certifying)
 
 
-def most_vectors(config: ProbeConfig, basis_vectors: int, batches: int) -> int:
+def most_vectors(config: ProbeConfig, basis_vectors: int) -> int:
     """Vectors of weights that are held at once while a window opens, at most.
 
     Either the search holds most, with its basis and room for what is found after it, or the certification:
     the directions, the images of the top ones under two halves of the batches where the basis had room for
-    them, and those of the others; the flat ones twice, and what two graphs at a time hold.
+    them, and those of the others under both halves; the flat ones twice, and what two graphs at a time hold.
 
     Args:
         config: how many directions.
         basis_vectors: that the eigensolver may hold.
-        batches: in a curvature set.
     """
     rows = config.top + config.interior + config.flat
     overlap = 2 * config.top if 2 * config.top + rows <= basis_vectors else 0
-    mixed = rows - config.top if batches >= MIN_BATCHES else 0
+    mixed = 2 * (rows - config.top)
     searching = basis_vectors + config.interior + config.flat + BLOCK_ROWS - 1 + 3
     return max(searching, rows + overlap + mixed + config.flat + 8)
 
@@ -113,6 +113,7 @@ def choose_window(
     flat_curvatures: Sequence[float],
     effective_learning_rate: float,
     steps_left: float,
+    longest: float = math.inf,
 ) -> WindowPlan:
     """Length of the window that opens now; fixed from predictions alone, never from its data.
 
@@ -126,6 +127,7 @@ def choose_window(
         flat_curvatures: effective curvature of the flat directions, decay included.
         effective_learning_rate: momentum included.
         steps_left: optimizer steps until the run, or the next window, or infinity.
+        longest: what :func:`turning_limit` made of the window before.
     """
     room = int(min(steps_left, config.every_n_steps or math.inf, 10**9))
     if config.window != "auto":
@@ -148,9 +150,28 @@ def choose_window(
         )
         if steps > stays_flat:
             reason += f"; half of the flat directions stay flat for {int(stays_flat)} steps only"
+        if steps > longest:
+            steps = max(int(longest), SHORTEST_WINDOW)
+            reason = f"cut to {steps} steps, in which half of the stiff subspace turns, as in the last window"
     if steps > room:
         steps, reason = room, f"cut to the {room} steps that are left"
     return WindowPlan(steps, reason)
+
+
+def turning_limit(overlap_at_start: float, overlap_at_end: float, steps: int) -> float:
+    """Steps in which half of the stiff subspace turns away, at the pace of a window that has closed.
+
+    Args:
+        overlap_at_start: of the stiff directions with their images under the held-out Hessian.
+        overlap_at_end: the same when the window closed.
+        steps: of that window.
+
+    Returns:
+        Infinity where it does not turn, or nobody knows.
+    """
+    if not (steps > 0 and 0 < overlap_at_end < overlap_at_start):
+        return math.inf
+    return steps * math.log(2) / math.log(overlap_at_start / overlap_at_end)
 
 
 class Schedule:

@@ -6,11 +6,9 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sgd_probe.curvature.batches import CurvatureBatch
-from sgd_probe.curvature.certify import rayleigh_quotients
+from sgd_probe.curvature.certify import MIN_BATCHES, Revisited, revisit
 from sgd_probe.curvature.finite_differences import FiniteDifferenceOperator
 from sgd_probe.curvature.hessian import (
     CurvatureError,
@@ -34,23 +32,27 @@ from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
+from sgd_probe.dynamics.force import JointStatistics
+from sgd_probe.dynamics.noise import Resampled, resample
 from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.ledger import Ledger, duration, free_memory
-from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
+from sgd_probe.engine.measured import Measured, decisive_curvature
+from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.planning import (
     SELF_TEST_GRADIENTS,
     Schedule,
-    WindowPlan,
     choose_curvature_batches,
     choose_window,
     finding_products,
     gradients_per_batch,
     most_vectors,
+    turning_limit,
 )
 from sgd_probe.engine.sampling import Sampling
-from sgd_probe.engine.summary import Measured, decisive_curvature, summarise
+from sgd_probe.engine.summary import summarise
+from sgd_probe.engine.window import Window, radial_shares
 from sgd_probe.isolation import isolated
 from sgd_probe.result import CostResult, WindowResult
 
@@ -60,35 +62,6 @@ log = logging.getLogger("sgd_probe")
 MAX_FAILURES = 3
 #: Steps to wait after a window that failed to open.
 RETRY_STEPS = 200
-
-
-@dataclass
-class _Window:
-    """An open window: its basis and what has been observed on it."""
-
-    index: int
-    opened_at_step: int
-    plan: WindowPlan
-    basis: ModeBasis
-    projector: Projector
-    optimizer: OptimizerState
-    certifying: list[CurvatureBatch]
-    samples_found: int
-    noise_trace: float
-    decays: tuple[float, ...]
-    statistics: WindowStatistics
-    position: np.ndarray[Any, np.dtype[np.float64]]
-    decay_at_origin: np.ndarray[Any, np.dtype[np.float64]]
-    decay_since: np.ndarray[Any, np.dtype[np.float64]]
-    gradient_squares: float = 0.0
-    open_seconds: float = 0.0
-    observe_seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def due(self) -> bool:
-        """The planned number of steps has been seen."""
-        return self.statistics.steps + self.statistics.skipped >= self.plan.steps
 
 
 class ProbeEngine:
@@ -143,11 +116,12 @@ class ProbeEngine:
         self._pool: list[CurvatureBatch] = []
         self._collecting = False
         self._batch_index = 0
-        self._window: _Window | None = None
+        self._window: Window | None = None
         self._failures = 0
         self._self_test = ""
         self._over_budget_said = False
         self._warm_start: Tensor | None = None
+        self._turning_limit = math.inf
         #: Called with the number of Hessian-vector products so far while a window opens.
         self.on_product: Callable[[int], None] | None = None
 
@@ -208,7 +182,7 @@ class ProbeEngine:
         self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
         self._window_seconds = self._cost.seconds * self._window_gradients
         graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
-        most = most_vectors(config, self._max_vectors(), self._batches_per_set)
+        most = most_vectors(config, self._max_vectors())
         vectors = most * self._vector_bytes
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
@@ -295,7 +269,7 @@ class ProbeEngine:
         if window is None:
             return
         with self.ledger.charge() as charge:
-            self._observe(window)
+            window.observe(self.sampling.draw(self._batch_index))
         window.observe_seconds += charge.seconds
 
     def close_window(self, step: int) -> tuple[WindowResult, Tensor] | None:
@@ -311,7 +285,8 @@ class ProbeEngine:
         if window is None:
             return None
         with self.ledger.charge() as charge:
-            ends = self._end_eigenvalues(window)
+            later = self._revisit(window)
+            changes = window.preconditioner_changes()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
         cost = CostResult(
             open_seconds=window.open_seconds,
@@ -327,9 +302,17 @@ class ProbeEngine:
             planned_steps=window.plan.steps,
             basis=window.basis,
             decays=window.decays,
-            end_eigenvalues=ends,
-            random_noise=self._random_noise(window),
+            end_eigenvalues=later.eigenvalues,
+            end_overlap=later.overlap,
+            random_noise=window.random_noise(),
             statistics=window.statistics,
+            joint=window.joint,
+            resampled=window.resampled,
+            start_gradient=window.start_gradient,
+            radial=window.radial,
+            norms=window.norms(),
+            preconditioner_changes=changes,
+            jumps=window.jumps,
             optimizer=window.optimizer,
             sampling=self.sampling,
             samples_found=window.samples_found,
@@ -340,6 +323,10 @@ class ProbeEngine:
             cost=cost,
             warnings=tuple(window.warnings),
             min_noise_share=self.config.min_noise_share,
+            plan=window.plan.reason,
+        )
+        self._turning_limit = turning_limit(
+            window.basis.held_out_overlap, later.overlap, window.statistics.steps
         )
         return summarise(measured), window.basis.vectors
 
@@ -452,11 +439,21 @@ class ProbeEngine:
             )
         return min(room, most_products(config.top))
 
-    def _operator(self, batches: Sequence[CurvatureBatch], retain: bool) -> HessianOperator:
+    def _operator(
+        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool
+    ) -> HessianOperator:
         size = self.config.microbatch
         if self._differences:
-            return FiniteDifferenceOperator(self._module, self._loss, batches, self.space, microbatch=size)
-        return HessianOperator(self._module, self._loss, batches, self.space, retain, microbatch=size)
+            return FiniteDifferenceOperator(self._module, self._loss, batches, space, microbatch=size)
+        return HessianOperator(self._module, self._loss, batches, space, retain, microbatch=size)
+
+    def _scaled_space(self, optimizer: OptimizerState) -> ParameterSpace:
+        """The coordinates in which the optimizer is plain SGD."""
+        try:
+            scales = read_scales(self._optimizer, self.space.parameters, optimizer)
+            return self.space if scales is None else self.space.scaled(scales)
+        except ValueError as error:
+            raise CurvatureError(str(error)) from error
 
     def _check_pieces(self, batches: Sequence[CurvatureBatch]) -> None:
         """Once in a run, on the first batch that is large enough to be cut."""
@@ -472,22 +469,24 @@ class ProbeEngine:
             return
         pieces = cut(batches[0], self.config.microbatch)
         if len(pieces) > 1:
-            with self._operator(pieces[:1], retain=True) as small:
+            with self._operator(pieces[:1], operator.space, retain=True) as small:
                 self._self_test = self_test(small, self._generator)
         else:
             self._self_test = self_test(operator, self._generator)
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
         log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
 
-    def _open(self, step: int) -> _Window:
+    def _open(self, step: int) -> Window:
         # Alternating, so that both sets see the same stretch of the training data.
         finding, certifying = self._pool[0::2], self._pool[1::2]
         config, retain = self.config, self._retain_graphs()
+        optimizer = self._read_optimizer()
+        space = self._scaled_space(optimizer)
         self._check_pieces(self._pool)
-        with self._operator(finding, retain) as operator:
+        with self._operator(finding, space, retain) as operator:
             self._test_once(finding, operator)
             trace = gradient_noise_trace(operator)
-            with self._operator(certifying, retain) as held_out:
+            with self._operator(certifying, space, retain) as held_out:
                 basis = find_modes(
                     operator,
                     held_out,
@@ -502,9 +501,9 @@ class ProbeEngine:
                     start=self._warm_start,
                     on_product=self.on_product,
                 )
+                resampled, start_gradient = self._resample(held_out, basis)
         self._warm_start = basis.vectors[: config.top].sum(0)
-        optimizer = self._read_optimizer()
-        decays = self._decays(basis, optimizer)
+        decays = _decays(basis, space, optimizer)
         curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]
         plan = choose_window(
             config,
@@ -512,31 +511,55 @@ class ProbeEngine:
             [c for c, mode in zip(curvatures, basis.modes, strict=True) if mode.kind == "flat"],
             optimizer.effective_learning_rate,
             self._schedule.steps_left(step),
+            self._turning_limit,
         )
-        projector = Projector(basis.vectors, self.space.parameters)
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
         log.info(
             "sgd_probe: window %d opens at step %d for %d steps: %s", index, step, plan.steps, plan.reason
         )
-        return _Window(
+        return Window(
             index=index,
             opened_at_step=step,
             plan=plan,
             basis=basis,
-            projector=projector,
+            space=space,
+            live=self._optimizer,
             optimizer=optimizer,
             certifying=certifying,
             samples_found=operator.samples,
             noise_trace=trace / self._accumulation,
             decays=decays,
-            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
+            resampled=resampled,
+            start_gradient=start_gradient,
+            radial=radial_shares(basis.vectors, space),
             statistics=WindowStatistics.empty(modes, plan.steps),
-            position=np.zeros(modes),
-            decay_at_origin=projector.decay_at_origin(optimizer.decays),
-            decay_since=np.zeros(modes),
+            joint=JointStatistics.empty(sum(mode.kind == "top" for mode in basis.modes)),
+            projector=Projector(
+                basis.vectors,
+                space.parameters,
+                space.scaling,
+                optimizer.decay_is_preconditioned,
+                basis.images,
+            ),
+            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
         )
+
+    def _resample(
+        self, operator: HessianOperator, basis: ModeBasis
+    ) -> tuple[Resampled | None, tuple[float, ...]]:
+        """Noise at fixed weights from the certifying batches, and how far the mean gradient is from zero."""
+        count = len(operator.batches)
+        if count < MIN_BATCHES:
+            return None, (math.nan,) * len(basis.modes)
+        rows = [(basis.vectors @ gradient).double().cpu() for _, gradient in operator.gradients()]
+        gradients = torch.stack(rows).numpy()
+        spread = gradients.std(0, ddof=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            score = gradients.mean(0) * math.sqrt(count) / spread
+        # A step gathers so many batches, whose mean has the less noise.
+        return resample(gradients / math.sqrt(self._accumulation)), tuple(score.tolist())
 
     def _flat_curvature(self, eigenvalues: Tensor, step: int) -> float:
         """What flat directions aim at: half a relaxation time over the window that is to be expected."""
@@ -545,81 +568,39 @@ class ProbeEngine:
         rate = optimizer.effective_learning_rate
         if rate > 0 and not optimizer.withheld:
             left = self._schedule.steps_left(step)
-            steps = choose_window(config, eigenvalues.tolist(), [], rate, left).steps
+            steps = choose_window(config, eigenvalues.tolist(), [], rate, left, self._turning_limit).steps
             aim = min(aim, 0.5 / (rate * steps))
         return max(aim, torch.finfo(torch.float64).tiny)
 
-    def _decays(self, basis: ModeBasis, optimizer: OptimizerState) -> tuple[float, ...]:
-        """Coupled weight decay along each mode: v.Wv."""
-        if not any(optimizer.decays):
-            return (0.0,) * len(basis.modes)
-        squares = torch.stack(
-            [basis.vectors[:, where].double().square().sum(1) for where in self.space.slices]
-        )
-        decays = torch.tensor(optimizer.decays, dtype=torch.float64, device=squares.device)
-        return tuple((decays @ squares).tolist())
-
-    def _observe(self, window: _Window) -> None:
-        optimizer = self._read_optimizer()
-        projection = window.projector.project(optimizer.decays)
-        draw = self.sampling.draw(self._batch_index)
-        usable = projection is not None and projection.finite
-        if optimizer.momentum != window.optimizer.momentum and not window.optimizer.withheld:
-            window.optimizer = dataclasses.replace(
-                window.optimizer, withheld="its momentum changed during the window"
-            )
-        if optimizer.decays != window.optimizer.decays:
-            # What the new decay pulls at was not read before this step: begin with the next one.
-            window.optimizer = dataclasses.replace(window.optimizer, decays=optimizer.decays)
-            window.decay_at_origin = window.projector.decay_at_origin(optimizer.decays)
-            usable = False
-        if projection is not None and usable:
-            window.statistics = window.statistics.update(
-                window.position,
-                projection.gradient + window.decay_at_origin + window.decay_since,
-                projection.displacement,
-                optimizer.learning_rate,
-                optimizer.effective_learning_rate,
-                draw=draw,
-            )
-            window.gradient_squares += projection.gradient_square
-        else:
-            window.statistics = window.statistics.skip(draw)
-        if projection is not None and np.isfinite(projection.displacement).all():
-            window.position = projection.displacement
-            window.decay_since = projection.decay
-
-    def _random_noise(self, window: _Window) -> float:
-        """Noise variance of a random direction: never more than the used gradients have room for.
-
-        Clipping shrinks those; the trace at the window's start knows nothing of it.
-        """
-        steps = window.statistics.steps
-        mean_square = window.gradient_squares / steps if steps else math.inf
-        return min(window.noise_trace, mean_square) / self.space.size
-
-    def _end_eigenvalues(self, window: _Window) -> tuple[float, ...]:
-        displacement = window.projector.displacement()
-        if not np.isfinite(displacement).all():
-            window.warnings.append(
-                "The weights are no longer finite: the curvature at the window's end could not be measured."
-            )
-            return ()
-        if not np.allclose(displacement, window.position, rtol=1e-3, atol=1e-7):
-            window.warnings.append(
-                "The weights were changed outside the optimizer's steps (by weight averaging, perhaps): the "
-                "curvature at the window's end was not measured."
-            )
-            return ()
+    def _revisit(self, window: Window) -> Revisited:
+        nothing = Revisited((), math.nan)
+        why = window.moved_otherwise()
+        if why:
+            window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
+            return nothing
+        room = not math.isnan(window.basis.held_out_overlap)
         try:
             with (
                 isolated(self._module, self._optimizer.param_groups),
-                self._operator(window.certifying, self._retain_graphs()) as operator,
+                self._operator(window.certifying, window.space, self._retain_graphs()) as operator,
             ):
-                return tuple(rayleigh_quotients(operator, window.basis.vectors))
+                return revisit(operator, window.basis.vectors, window.top if room else 0)
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
-            return ()
+            return nothing
+
+
+def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) -> tuple[float, ...]:
+    """Weight decay along each mode: v.Wv."""
+    factors = optimizer.decay_factors
+    if not any(factors):
+        return (0.0,) * len(basis.modes)
+    squares = basis.vectors.double().square()
+    if optimizer.decay_is_preconditioned and space.scaling is not None:
+        squares *= space.scaling.double().square()
+    shares = torch.stack([squares[:, where].sum(1) for where in space.slices])
+    weights = torch.tensor(factors, dtype=torch.float64, device=shares.device)
+    return tuple((weights @ shares).tolist())
 
 
 def _difference_note(*operators: HessianOperator) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import (
 
 from sgd_probe.dynamics.statistics import Draw
 from sgd_probe.engine.config import SamplingChoice
+from sgd_probe.theory.sampling import MinibatchSampling
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,21 @@ class Sampling:
         left = self.samples - (self.batches - 1) * self.batch_size
         return 1.0 if self.drop_last else min(left / self.batch_size, 1.0)
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of an epoch as a real number; infinity where it has no end."""
+        return math.inf if self.batches is None else self.batches / self.accumulation
+
+    @property
+    def epoch_correlation(self) -> float:
+        """Correlation of the noise of two steps of an epoch; NaN where nobody knows."""
+        if self.withheld:
+            return math.nan
+        if self.scheme == "with_replacement":
+            return 0.0
+        steps = self.draw(0).batches
+        return -1 / (steps - 1) if steps > 1 else math.nan
+
     def draw(self, index: int) -> Draw:
         """How the minibatch of a step was drawn.
 
@@ -76,6 +93,18 @@ class Sampling:
             batches=self.samples / (self.batch_size * self.accumulation),
             share=self._last_batch if index == self.batches - 1 else 1.0,
             first=index < self.accumulation,
+        )
+
+    def theory(self) -> MinibatchSampling:
+        """The same for the closed forms; independent draws where nothing else is known."""
+        if self.scheme != "without_replacement" or self.withheld or not self.batch_size:
+            return MinibatchSampling()
+        return MinibatchSampling(
+            self.samples,
+            self.batch_size,
+            replacement=False,
+            drop_last=self.drop_last,
+            accumulation=self.accumulation,
         )
 
     def describe(self) -> str:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from sgd_probe.curvature.modes import Mode, ModeBasis
 from sgd_probe.dynamics.diffusion import (
+    anomalous_exponent,
+    diffusion_by_lag,
+    green_kubo,
     headline_lag,
     mean_squared_displacements,
     noise_variance,
+    pooled_diffusion,
     scaled,
 )
-from sgd_probe.dynamics.statistics import WindowStatistics
+from sgd_probe.dynamics.force import ForceTest, JointRegression, force_test
+from sgd_probe.dynamics.guards import along_symmetry
+from sgd_probe.dynamics.noise import epoch_cancellation
 from sgd_probe.dynamics.verdict import (
-    CONFINED_RELAXATION_TIMES,
     Evidence,
     Horizon,
     Judgement,
@@ -25,10 +28,10 @@ from sgd_probe.dynamics.verdict import (
     too_short,
     weigh,
 )
-from sgd_probe.engine.optimizers import OptimizerState
-from sgd_probe.engine.sampling import Sampling
+from sgd_probe.engine.measured import Measured, decisive_curvature
+from sgd_probe.engine.predictions import Predictions
+from sgd_probe.engine.reservations import has_turned, marks, warnings
 from sgd_probe.result import (
-    CostResult,
     CurvatureResult,
     Interval,
     LagPoint,
@@ -38,87 +41,50 @@ from sgd_probe.result import (
     WindowResult,
 )
 from sgd_probe.theory import closed_forms
-from sgd_probe.theory.closed_forms import SGDDynamics
 
-#: Predictions are withheld above this share of the stability limit: there a 5% error of the
-#: eigenvalue changes the stationary variance several times.
-STABILITY_MARGIN = 0.9
-#: The chi-square interval of a noise variance covers less than it says above this kurtosis.
-HEAVY_TAILS = 10.0
-#: A mode whose curvature changes by more than this share during the window is marked.
-CURVATURE_CHANGE = 0.5
 _Z95 = 1.96
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All that a closed window knows.
+@dataclasses.dataclass(frozen=True)
+class _Views:
+    """The window's sums, looked at in every way that more than one mode needs."""
 
-    Attributes:
-        index: of the window.
-        opened_at_step: optimizer steps done when it opened.
-        closed_at_step: optimizer steps done when it closed.
-        planned_steps: length fixed when it opened.
-        basis: its modes.
-        decays: coupled weight decay along each mode.
-        end_eigenvalues: v.Hv at its end; empty where they could not be measured.
-        random_noise: noise variance of a random direction at its start.
-        statistics: its running sums.
-        optimizer: as it stood when the window opened.
-        sampling: what the loader does.
-        samples_found: samples of the finding batches.
-        samples_certified: samples of the certifying batches.
-        batches: batches in each set.
-        parameters: number of probed weights.
-        self_test: what the operator's self-test said.
-        cost: seconds.
-        warnings: what the engine noticed on the way.
-        min_noise_share: below it a mode has no noise.
-    """
+    evidence: Sequence[Evidence | None]
+    force: ForceTest
+    predictions: Predictions
+    withheld: str
 
-    index: int
-    opened_at_step: int
-    closed_at_step: int
-    planned_steps: int
-    basis: ModeBasis
-    decays: tuple[float, ...]
-    end_eigenvalues: tuple[float, ...]
-    random_noise: float
-    statistics: WindowStatistics
-    optimizer: OptimizerState
-    sampling: Sampling
-    samples_found: int
-    samples_certified: int
-    batches: int
-    parameters: int
-    self_test: str
-    cost: CostResult
-    warnings: tuple[str, ...]
-    min_noise_share: float
-
-
-def decisive_curvature(mode: Mode, decay: float) -> float:
-    """The curvature that decides a mode's fate, decay included: for a mixed direction not v.Hv.
-
-    A mixture about an interior level has the sign of that level.
-    """
-    certificate = mode.certificate
-    if not mode.mixed:
-        return certificate.eigenvalue + decay
-    falling = mode.kind == "interior" and certificate.eigenvalue < 0
-    return (-certificate.effective_curvature if falling else certificate.effective_curvature) + decay
+    @classmethod
+    def of(cls, measured: Measured) -> _Views:
+        statistics, optimizer = measured.statistics, measured.optimizer
+        short = too_short(statistics)
+        withheld = (
+            short
+            or optimizer.withheld
+            or too_short(statistics, optimizer.momentum)
+            or measured.sampling.withheld
+        )
+        nothing: Sequence[Evidence | None] = [None] * len(measured.basis.modes)
+        return cls(
+            evidence=nothing if short else weigh(statistics, optimizer.momentum),
+            force=force_test(statistics),
+            predictions=Predictions.of(statistics, optimizer, measured.sampling),
+            withheld=withheld,
+        )
 
 
 def summarise(measured: Measured) -> WindowResult:
     """Judge every mode and put the window's result together."""
     statistics, basis = measured.statistics, measured.basis
     steps = statistics.steps
-    evidences: Sequence[Evidence | None] = [None] * len(basis.modes)
-    if not too_short(statistics):
-        evidences = weigh(statistics, measured.optimizer.momentum)
-    modes = tuple(_mode(measured, index, evidences[index]) for index in range(len(basis.modes)))
+    views = _Views.of(measured)
+    modes = tuple(_mode(measured, views, index) for index in range(len(basis.modes)))
     clock, square = statistics.confinement_clock, statistics.diffusion_clock
     mixed = sum(mode.mixed for mode in basis.modes)
+    joint = _joint(measured)
+    horizon = Horizon.of(statistics, measured.sampling.steps_per_epoch)
+    cancellation = epoch_cancellation(statistics)
+    known = next((e for e in views.evidence if e is not None), None)
     return WindowResult(
         index=measured.index,
         opened_at_step=measured.opened_at_step,
@@ -143,58 +109,96 @@ def summarise(measured: Measured) -> WindowResult:
             products=basis.products + len(measured.end_eigenvalues),
             orthogonality=basis.orthogonality,
             split_half_overlap=basis.split_half_overlap,
+            held_out_overlap=basis.held_out_overlap,
+            end_overlap=measured.end_overlap,
             converged=basis.converged,
             message=basis.message,
             self_test=measured.self_test,
         ),
         cost=measured.cost,
         modes=modes,
-        warnings=(*measured.warnings, *_warnings(measured, modes)),
+        warnings=(*measured.warnings, *warnings(measured, modes, views.withheld, joint)),
         expected_false_flags=(
-            math.nan if _withheld(measured) else expected_false_flags(len(modes) - mixed, mixed)
+            math.nan if views.withheld else expected_false_flags(len(modes) - mixed, mixed)
         ),
+        coordinates=measured.optimizer.coordinates,
+        plan=measured.plan,
+        epochs=horizon.epochs,
+        free_share=known.free_share if known is not None else math.nan,
+        epoch_correlation=math.nan if cancellation is None else cancellation.correlation,
+        expected_epoch_correlation=measured.sampling.epoch_correlation,
+        pooled_diffusion=_pooled(measured, modes),
+        joint_curvatures=() if joint is None else tuple(joint.eigenvalues.tolist()),
+        rate_jumps=measured.jumps,
     )
 
 
-def _withheld(measured: Measured) -> str:
-    """Why no mode of this window gets a verdict; "" where they do."""
-    optimizer = measured.optimizer
-    short = too_short(measured.statistics)
-    return (
-        short
-        or optimizer.withheld
-        or too_short(measured.statistics, optimizer.momentum)
-        or measured.sampling.withheld
-    )
+def _joint(measured: Measured) -> JointRegression | None:
+    if measured.joint is None or len(measured.joint.products) < 3:
+        return None
+    try:
+        return measured.joint.regress()
+    except ValueError:  # too few steps, or modes that did not move
+        return None
 
 
-def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResult:
-    mode, statistics = measured.basis.modes[index], measured.statistics
-    certificate = mode.certificate
-    steps = statistics.steps
+def _pooled(measured: Measured, modes: Sequence[ModeResult]) -> Interval:
+    """The flat modes that diffuse, together: does their noise explain how far they get?"""
+    chosen = [i for i, m in enumerate(modes) if m.kind is ModeKind.FLAT and m.verdict is Verdict.DIFFUSIVE]
+    if not chosen:
+        return Interval.unknown()
+    correlation = None
+    if measured.resampled is not None:
+        correlation = measured.resampled.correlation[chosen][:, chosen]
+    return pooled_diffusion(measured.statistics, chosen, measured.optimizer.momentum, correlation=correlation)
+
+
+def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
+    mode, statistics, optimizer = measured.basis.modes[index], measured.statistics, measured.optimizer
+    certificate, evidence, predictions = mode.certificate, views.evidence[index], views.predictions
+    steps, momentum, nesterov = statistics.steps, optimizer.momentum, optimizer.nesterov
     curvature = decisive_curvature(mode, measured.decays[index])
     noise, kurtosis, share = Interval.unknown(), math.nan, math.nan
     if evidence is not None:
         kurtosis = float(statistics.kurtosis()[index])
         noise = noise_variance(evidence.noise_variance, statistics.informative, kurtosis)
         share = evidence.noise_variance / measured.random_noise if measured.random_noise > 0 else math.nan
-    judgement = _judgement(measured, evidence, share)
-    end = measured.end_eigenvalues[index] if measured.end_eigenvalues else math.nan
-    dynamics = _dynamics(measured)
-    # Predictions are withheld near the edge, where a small error of the curvature is a large one of theirs.
-    theory = None if _stability(dynamics, curvature) > STABILITY_MARGIN else dynamics
-    momentum = measured.optimizer.momentum
-    points = _points(statistics, index, momentum, curvature, noise.value, theory)
+    judgement = _judgement(measured, views, index, share)
+    moved = mean_squared_displacements(statistics, index, momentum, nesterov)
+    lags = [lag for lag, _, _ in moved]
+    discrete, langevin = predictions.displacements(curvature, noise.value, lags)
+    points = tuple(
+        LagPoint(*point, discrete=float(d), langevin=float(b))
+        for point, d, b in zip(moved, discrete, langevin, strict=True)
+    )
     lag = headline_lag(steps, momentum) if steps else 0
     at_lag = next((point for point in points if point.lag == lag), None)
-    diffusion, per_time = Interval.unknown(), Interval.unknown()
-    predicted = langevin = math.nan
+    diffusion, per_time, detrended = (Interval.unknown() for _ in range(3))
+    predicted_diffusion = langevin_diffusion = math.nan
     if at_lag is not None:
-        unit = 1 / (2 * lag * closed_forms.momentum_kernel(lag, momentum))
+        unit = 1 / (2 * lag * closed_forms.momentum_kernel(lag, momentum, nesterov))
         diffusion = scaled(at_lag.measured, unit)
-        predicted, langevin = at_lag.discrete * unit, at_lag.langevin / (2 * lag)
-        if not measured.optimizer.withheld and statistics.confinement_clock > 0:
+        predicted_diffusion, langevin_diffusion = at_lag.discrete * unit, at_lag.langevin / (2 * lag)
+        if not optimizer.withheld and statistics.confinement_clock > 0:
             per_time = scaled(diffusion, steps / statistics.confinement_clock)
+        by_lag = diffusion_by_lag(statistics, index, momentum, nesterov)
+        detrended = next((d.detrended for d in by_lag if d.lag == lag), detrended)
+    slope, error = float(views.force.slope[index]), float(views.force.standard_error[index])
+    force = _around(slope, error)
+    noted = marks(
+        measured,
+        index,
+        curvature=curvature,
+        evidence=evidence,
+        judgement=judgement,
+        predictions=predictions,
+        noise=noise,
+        kurtosis=kurtosis,
+        force=force,
+        force_fails=bool(views.force.fails[index]),
+    )
+    free = noise.value * statistics.diffusion_clock / (2 * steps) if steps else math.nan
+    flat = judgement.verdict is Verdict.DIFFUSIVE
     return ModeResult(
         name=mode.name,
         kind=ModeKind(mode.kind),
@@ -208,11 +212,13 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
             certificate.noise_weighted_curvature, certificate.noise_weighted_error
         ),
         batch_curvature_variance=certificate.batch_variance,
-        growth_ratio=_growth(measured, mode, index, theory),
-        end_eigenvalue=end,
-        relaxation_times=(
-            math.nan if measured.optimizer.withheld else curvature * statistics.confinement_clock
+        growth_ratio=(
+            predictions.growth_ratio(mode, measured.decays[index])
+            if predictions.covers(curvature)
+            else math.nan
         ),
+        end_eigenvalue=measured.end_eigenvalues[index] if measured.end_eigenvalues else math.nan,
+        relaxation_times=math.nan if optimizer.withheld else curvature * statistics.confinement_clock,
         noise_variance=noise,
         noise_kurtosis=kurtosis,
         noise_share=share,
@@ -220,11 +226,9 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
         diffusion=diffusion,
         diffusion_per_time=per_time,
         diffusion_lag=lag,
-        predicted_diffusion=predicted,
-        langevin_diffusion=langevin,
-        free_diffusion=(
-            noise.value * statistics.diffusion_clock / (2 * steps) if theory is not None else math.nan
-        ),
+        predicted_diffusion=predicted_diffusion,
+        langevin_diffusion=langevin_diffusion,
+        free_diffusion=free if predictions.covers(curvature) else math.nan,
         log_bayes_factor=evidence.log_bayes_factor if evidence else math.nan,
         t_level=evidence.t_level if evidence else math.nan,
         t_trend=evidence.t_trend if evidence else math.nan,
@@ -232,19 +236,52 @@ def _mode(measured: Measured, index: int, evidence: Evidence | None) -> ModeResu
         verdict=judgement.verdict,
         detail=judgement.detail,
         reason=judgement.reason,
-        marks=_marks(measured, mode, curvature, end, kurtosis, judgement),
+        marks=noted.texts,
+        undermined=noted.undermined or (mode.kind == "top" and has_turned(measured)),
         layer_shares=mode.layer_shares,
         displacements=points,
+        resampled_noise=(
+            Interval.unknown() if measured.resampled is None else measured.resampled.variance[index]
+        ),
+        noise_correlation=evidence.noise_correlation if evidence else math.nan,
+        noise_fading=evidence.fading if evidence else math.nan,
+        drift=_drift(measured, index, free),
+        detrended_diffusion=detrended,
+        green_kubo_diffusion=green_kubo(statistics, index) if flat else Interval.unknown(),
+        anomalous_exponent=anomalous_exponent(statistics, index, momentum) if steps else Interval.unknown(),
+        force_slope=force if mode.mixed else Interval.unknown(),
+        start_gradient_z=measured.start_gradient[index] if measured.start_gradient else math.nan,
+        radial_share=measured.radial[index] if measured.radial else math.nan,
+        preconditioner_change=(
+            measured.preconditioner_changes[index] if measured.preconditioner_changes else 1.0
+        ),
     )
 
 
-def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float) -> Judgement:
-    withheld = _withheld(measured)
+def _drift(measured: Measured, index: int, free: float) -> Interval:
+    """Net displacement per step; its interval is that of free diffusion under the loader's sampling."""
+    statistics = measured.statistics
+    if not statistics.steps:
+        return Interval.unknown()
+    value = float(statistics.position[index] - statistics.start[index]) / statistics.steps
+    return _around(value, math.sqrt(2 * free / statistics.steps) if free >= 0 else math.nan)
+
+
+def _judgement(measured: Measured, views: _Views, index: int, noise_share: float) -> Judgement:
+    evidence, withheld = views.evidence[index], views.withheld
     if evidence is None:
         return Judgement(Verdict.UNDETERMINED, "", _sentence(withheld))
     if measured.random_noise <= 0:
         return Judgement(Verdict.NO_NOISE, "", "Its gradient does not fluctuate from batch to batch.")
     if noise_share <= measured.min_noise_share:
+        radial = measured.radial[index] if measured.radial else 0.0
+        if along_symmetry(math.sqrt(radial), noise_share, measured.min_noise_share):
+            return Judgement(
+                Verdict.NO_NOISE,
+                "symmetry",
+                f"Its gradient hardly fluctuates ({noise_share:.1e} of a random direction's noise), and it "
+                "only stretches weights: a symmetry of the loss, no valley.",
+            )
         return Judgement(
             Verdict.NO_NOISE,
             "",
@@ -256,7 +293,7 @@ def _judgement(measured: Measured, evidence: Evidence | None, noise_share: float
     judgement = judge(evidence)
     if judgement.verdict is Verdict.UNDETERMINED:
         return judgement
-    horizon = Horizon.of(measured.statistics)
+    horizon = Horizon.of(measured.statistics, measured.sampling.steps_per_epoch)
     return dataclasses.replace(judgement, reason=f"{judgement.reason} Over {horizon}.")
 
 
@@ -273,130 +310,3 @@ def _slope(evidence: Evidence | None, judgement: Judgement) -> Interval:
 
 def _around(value: float, error: float) -> Interval:
     return Interval(value, value - _Z95 * error, value + _Z95 * error)
-
-
-def _growth(measured: Measured, mode: Mode, index: int, theory: SGDDynamics | None) -> float:
-    """Predicted variance after the window over that of free diffusion; noise follows curvature."""
-    steps, decay = measured.statistics.steps, measured.decays[index]
-    if theory is None or not steps:
-        return math.nan
-    if mode.quadrature is None:
-        return closed_forms.growth_ratio(mode.certificate.eigenvalue + decay, steps, theory)
-    nodes, weights = mode.quadrature.nodes.tolist(), mode.quadrature.weights.tolist()
-    noise = [abs(node) * weight for node, weight in zip(nodes, weights, strict=True)]
-    ratios = [closed_forms.growth_ratio(node + decay, steps, theory) for node in nodes]
-    total = sum(noise)
-    return sum(n * r for n, r in zip(noise, ratios, strict=True)) / total if total > 0 else math.nan
-
-
-def _dynamics(measured: Measured) -> SGDDynamics | None:
-    """The dynamics of the window, or None where the theory does not cover the optimizer."""
-    statistics, optimizer = measured.statistics, measured.optimizer
-    if optimizer.withheld or not statistics.diffusion_clock > 0:
-        return None
-    # Under a schedule: the rate with which the two clocks agree.
-    effective = statistics.diffusion_clock / statistics.confinement_clock
-    return optimizer.dynamics(effective * (1 - optimizer.momentum) / (1 - optimizer.dampening))
-
-
-def _stability(dynamics: SGDDynamics | None, curvature: float) -> float:
-    """Share of the stability limit at which a mode sits; NaN where nobody can tell."""
-    return math.nan if dynamics is None else curvature / closed_forms.stability_limit(dynamics)
-
-
-def _points(
-    statistics: WindowStatistics,
-    index: int,
-    momentum: float,
-    curvature: float,
-    noise: float,
-    theory: SGDDynamics | None,
-) -> tuple[LagPoint, ...]:
-    points = []
-    for lag, count, interval in mean_squared_displacements(statistics, index, momentum):
-        discrete = langevin = math.nan
-        if theory is not None and math.isfinite(noise):
-            discrete = closed_forms.mean_squared_displacement(curvature, noise, lag, theory)
-            langevin = closed_forms.langevin_mean_squared_displacement(curvature, noise, lag, theory)
-        points.append(LagPoint(lag, count, interval, discrete, langevin))
-    return tuple(points)
-
-
-def _marks(
-    measured: Measured,
-    mode: Mode,
-    curvature: float,
-    end: float,
-    kurtosis: float,
-    judgement: Judgement,
-) -> tuple[str, ...]:
-    marks = []
-    start = mode.certificate.eigenvalue
-    if mode.kind != "flat" and not mode.converged:
-        mixture = "a mixture, " if mode.mixed else ""
-        marks.append(f"{mixture}not an eigenvector: residual {mode.residual:.1e} of lambda_1")
-    error = mode.certificate.standard_error
-    if mode.kind == "interior" and abs(start) < _Z95 * error:
-        marks.append(f"its held-out curvature, {start:.2g} ± {error:.1g}, cannot be told from zero")
-    if not mode.mixed and math.isfinite(end) and abs(end - start) > CURVATURE_CHANGE * abs(start):
-        marks.append(f"its curvature went from {start:.3g} to {end:.3g} during the window")
-    if kurtosis > HEAVY_TAILS and judgement.verdict is not Verdict.NO_NOISE:
-        marks.append(f"heavy-tailed noise (kurtosis {kurtosis:.0f}): its interval is too narrow")
-    times = curvature * measured.statistics.confinement_clock
-    if mode.mixed and judgement.verdict is Verdict.DIFFUSIVE and times >= 1:
-        marks.append(
-            f"held-out curvature predicts {times:.1f} relaxation times: diffusive over this window, "
-            "perhaps not over longer ones"
-        )
-    stability = _stability(_dynamics(measured), curvature)
-    if stability > STABILITY_MARGIN:
-        marks.append(f"at {stability:.0%} of the stability limit: predictions withheld")
-    return tuple(marks)
-
-
-def _warnings(measured: Measured, modes: Sequence[ModeResult]) -> list[str]:
-    statistics = measured.statistics
-    warnings = []
-    withheld = _withheld(measured)
-    if withheld:
-        warnings.append(f"No mode gets a verdict: {withheld}.")
-    if statistics.skipped:
-        warnings.append(
-            f"{statistics.skipped} steps were left out (not finite, skipped by the optimizer, or with a "
-            "changed weight decay)."
-        )
-    if statistics.steps + statistics.skipped < measured.planned_steps:
-        warnings.append(
-            f"The run ended after {statistics.steps} of the window's {measured.planned_steps} steps."
-        )
-    if math.isfinite(statistics.draw.batches):
-        warnings.append(
-            "The loader samples without replacement. Verdicts take that into account; predictions of D and "
-            "of displacements are those of sampling with replacement: too large over an epoch and more."
-        )
-    if measured.basis.lambda_max == 0:
-        warnings.append("The loss has no curvature at all: it is linear in the probed weights.")
-    if not measured.basis.converged:
-        warnings.append(f"Not every stiff mode converged: {measured.basis.message}.")
-    negative = [m for m in modes if m.held_out_eigenvalue + 2 * m.held_out_standard_error < 0]
-    if negative:
-        warnings.append(
-            f"{len(negative)} of the modes have negative curvature "
-            f"({min(m.held_out_eigenvalue for m in negative):.3g}): the weights are not near a minimum."
-        )
-    stiff = [m for m in modes if m.kind is ModeKind.TOP]
-    changed = [m for m in stiff if any("during the window" in mark for mark in m.marks)]
-    if changed:
-        warnings.append(
-            f"{len(changed)} stiff modes changed their curvature by more than half during the window: the "
-            "network still learns fast, and its modes rotate."
-        )
-    if not withheld:
-        slow = [m for m in stiff if 0 < m.relaxation_times < CONFINED_RELAXATION_TIMES]
-        if slow and len(slow) == len(stiff):
-            warnings.append(
-                "The window is shorter than any stiff mode needs to show that it is confined "
-                f"({max(m.relaxation_times for m in slow):.1f} relaxation times at most, "
-                f"{CONFINED_RELAXATION_TIMES:g} needed)."
-            )
-    return warnings

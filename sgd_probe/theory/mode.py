@@ -172,29 +172,49 @@ class SGDMode:
         In the stationary state; a mode that has none starts at its critical point, the buffer warm with
         noise. Beyond the upper stability limit it is infinite.
         """
+        return float(self.mean_squared_displacements([lag])[0])
+
+    def mean_squared_displacements(self, lags: Sequence[int], starts: int | None = None) -> Array:
+        """:meth:`mean_squared_displacement` at several lags, for little more than the longest alone costs.
+
+        Args:
+            lags: in steps.
+            starts: average over so many steps of the epoch, evenly spaced, instead of all.
+
+        Returns:
+            Shape (len(lags),).
+        """
         if self.sampling.is_independent and (not self.hessian_variance or self.stability().variance):
-            return closed_forms.mean_squared_displacement(
-                self.eigenvalue, self.noise_variance, lag, self.dynamics, self.hessian_variance
-            )
+            found = [
+                closed_forms.mean_squared_displacement(
+                    self.eigenvalue, self.noise_variance, lag, self.dynamics, self.hessian_variance
+                )
+                for lag in lags
+            ]
+            return np.array(found)
         settled = self._settled
         if settled is None:
             if self.eigenvalue >= closed_forms.stability_limit(self.dynamics):
-                return math.inf
+                return np.full(len(lags), math.inf)
             settled = self._at_critical_point
         phases = len(settled)
-        covariance = settled.copy()
+        count = phases if starts is None else min(starts, phases)
+        chosen = np.arange(count) * phases // count
+        covariance = settled[chosen]
         covariance[:, _Y, :] = covariance[:, :, _Y] = 0
         matrices = np.stack([step.matrix for step in self._epoch])
         kicks = np.stack([step.noise for step in self._epoch])
+        after = {0: 0.0}
         with np.errstate(over="ignore", invalid="ignore"):
-            for t in range(lag):
-                now = (np.arange(phases) + t) % phases
+            for t in range(max(lags, default=0)):
+                now = (chosen + t) % phases
                 noise = self._noise(covariance[:, _X, _X], 0.0)
                 forward = matrices[now]
                 covariance = forward @ covariance @ forward.transpose(0, 2, 1)
                 covariance += kicks[now] * np.reshape(noise, (-1, 1, 1))
-        found = float(covariance[:, _Y, _Y].mean())
-        return found if math.isfinite(found) else math.inf
+                after[t + 1] = float(covariance[:, _Y, _Y].mean())
+        found = [after[lag] for lag in lags]
+        return np.array([value if math.isfinite(value) else math.inf for value in found])
 
     def diffusion_coefficient(self) -> float:
         """Long-time D, squared weight units per step: the limit of MSD over twice the lag.
@@ -252,7 +272,7 @@ class SGDMode:
         sampling = self.sampling
         sizes, each = sampling.epoch[phase], sampling.accumulation
         unit = sampling.noise_variance()  # of sigma^2 for S^2 = 1
-        drawn = sum(sum(step) for step in sampling.epoch[:phase])
+        drawn = phase * each * sampling.batch_size  # all steps before it were full ones
         found = _Step(np.eye(_SIZE), np.zeros((_SIZE, _SIZE)))
         for size in sizes:
             matrix, noise = np.eye(_SIZE), np.zeros((_SIZE, _SIZE))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sgd_probe.curvature.batches import CurvatureBatch
-from sgd_probe.curvature.certify import Certificate, certify, rayleigh_quotients
+from sgd_probe.curvature.certify import Certificate, certify, revisit
 from sgd_probe.curvature.hessian import CurvatureError, HessianOperator
 from sgd_probe.curvature.space import ParameterSpace
 from tests.helpers.dense import Symmetric, freeze
@@ -218,12 +218,30 @@ def test_the_split_half_overlap_says_whether_the_samples_settle_the_subspace() -
     assert math.isnan(certify(least_squares(1, 8, spectrum, 1)[0], top, top=2).split_half_overlap)
 
 
-def test_rayleigh_quotients_are_the_certified_eigenvalues() -> None:
-    operator = operator_over(draw([3, 4], torch.Generator().manual_seed(4)))
+def test_what_is_seen_again_is_what_was_certified() -> None:
+    batches = draw([3, 4], torch.Generator().manual_seed(4))
+    operator = operator_over(batches)
     vectors = torch.eye(SIZE, dtype=torch.float64)[:3]
-    assert rayleigh_quotients(operator, vectors) == pytest.approx(
-        [c.eigenvalue for c in certify(operator, vectors).certificates]
-    )
+    certified, again = certify(operator, vectors, top=2), revisit(operator, vectors, top=2)
+    assert again.eigenvalues == pytest.approx([c.eigenvalue for c in certified.certificates])
+    assert again.overlap == pytest.approx(certified.held_out_overlap)
+    # Mean squared cosine between the first two axes and their images.
+    hessian = torch.cat(batches).mean(0)
+    images = torch.linalg.qr(hessian[:, :2])[0]
+    assert again.overlap == pytest.approx(float(images[:2].square().sum()) / 2)
+    assert math.isnan(revisit(operator, vectors).overlap)
+
+
+def test_images_are_means_over_two_halves_of_the_batches() -> None:
+    batches = draw([3, 4, 2], torch.Generator().manual_seed(4))
+    vectors = torch.eye(SIZE, dtype=torch.float64)[:3]
+    found = certify(operator_over(batches), vectors, top=1).images
+    assert found is not None and found.shape == (2, 2, SIZE)
+    even, odd = torch.cat([batches[0], batches[2]]).mean(0), batches[1].mean(0)
+    torch.testing.assert_close(found[0], even[:, 1:3].T)
+    torch.testing.assert_close(found[1], odd[:, 1:3].T)
+    assert certify(operator_over(batches[:1]), vectors, top=1).images is None
+    assert certify(operator_over(batches), vectors, top=3).images is None
 
 
 def test_products_that_are_not_finite_are_no_certificate() -> None:

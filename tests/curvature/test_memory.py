@@ -154,7 +154,7 @@ def window(max_vectors: int, batches: int, width: int = 64) -> dict[str, float]:
 @pytest.mark.parametrize("max_vectors", [16, 34])
 def test_a_window_takes_what_the_plan_says(max_vectors: int, batches: int) -> None:
     found = elsewhere("window", max_vectors=max_vectors, batches=batches, width=1448)
-    planned = most_vectors(ProbeConfig(top=10, flat=4), max_vectors, batches)
+    planned = most_vectors(ProbeConfig(top=10, flat=4), max_vectors)
     assert found["modes"] == 14
     assert 0.6 * planned <= found["vectors"] <= planned + 1
 

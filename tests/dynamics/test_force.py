@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sgd_probe.dynamics.force import JointStatistics, force_test
-from sgd_probe.dynamics.statistics import WindowStatistics
+from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 
 RATE, STEPS = 0.05, 600
 
@@ -52,6 +52,43 @@ def test_a_curvature_that_is_no_longer_true_is_noticed() -> None:
     tests = [force_test(mixed_window(seed, stale=0.5)) for seed in range(10)]
     assert np.mean([test.slope for test in tests]) == pytest.approx(2, abs=0.1)
     assert np.mean([test.fails for test in tests]) > 0.6
+
+
+def flat_window(seed: int, batches: int | None, errors: float) -> WindowStatistics:
+    """A nearly flat direction, its Hv known from two sets of samples with errors of the size of Hv itself."""
+    rng = np.random.default_rng(seed)
+    size, steps = 30, 1_000
+    curvatures = np.geomspace(0.5, 0.02, size)
+    directions = np.linalg.qr(rng.standard_normal((size, 3)))[0].T
+    images = directions * curvatures + errors * rng.standard_normal((2, 3, size))
+    theta, found = np.zeros(size), WindowStatistics.empty(3, steps)
+    noise = np.zeros((batches or 1, size))
+    for step in range(steps):
+        place = step % (batches or 1)
+        if place == 0:
+            noise = np.sqrt(curvatures) * rng.standard_normal((batches or 1, size))
+            noise -= noise.mean(0) if batches else 0
+        gradient = curvatures * theta + noise[place]
+        after = theta - RATE * gradient
+        draw = Draw(batches, first=place == 0) if batches else Draw()
+        found = found.update(
+            directions @ theta, directions @ gradient, directions @ after, RATE, RATE, images @ theta, draw
+        )
+        theta = after
+    return found
+
+
+@pytest.mark.parametrize("batches", [None, 25])
+def test_errors_of_the_images_do_not_pull_the_slope_to_zero(batches: int | None) -> None:
+    tests = [force_test(flat_window(seed, batches, errors=0.02)) for seed in range(60)]
+    slopes = np.array([test.slope for test in tests])
+    spread = np.array([test.standard_error for test in tests])
+    known = np.isfinite(slopes) & (spread < 1)
+    assert known.mean() > 0.95
+    # Somewhat above 1, by the small-sample bias of slow modes.
+    assert np.median(slopes[known]) == pytest.approx(1, abs=0.3)
+    assert 0.8 < np.std((slopes[known] - 1) / spread[known]) < 1.4
+    assert np.mean([test.fails for test in tests]) < 0.01
 
 
 def test_without_a_measured_force_there_is_no_test() -> None:

@@ -85,6 +85,45 @@ def test_projections_are_dense_products(
     )
 
 
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("decays", [(0.3,) * 4, (0.3, 0.0, 0.01, 0.0)])
+def test_projections_in_scaled_coordinates(preconditioned: bool, decays: tuple[float, ...]) -> None:
+    """With y = S^-1 theta: v.Sg, v.y, v.Wy (W gets S^2 where decay is part of the gradient), (Hv).y."""
+    basis, parameters = make(torch.float64)
+    origin = flat(parameters)
+    generator = torch.Generator().manual_seed(7)
+    scaling = torch.rand(SIZE, generator=generator, dtype=torch.float64) + 0.5
+    images = torch.randn(2, 3, SIZE, generator=generator, dtype=torch.float64)
+    projector = Projector(basis, parameters, scaling, preconditioned, images)
+    move(parameters)
+    give_gradients(parameters)
+    found = project(projector, decays)
+    dense, scale = basis.numpy(), scaling.numpy()
+    weights = np.concatenate([np.full(p.numel(), d) for p, d in zip(parameters, decays, strict=True)])
+    weights = weights * scale**2 if preconditioned else weights
+    gradient, moved = scale * flat([p.grad for p in parameters]), (flat(parameters) - origin) / scale
+    np.testing.assert_allclose(found.gradient, dense @ gradient, rtol=1e-12)
+    np.testing.assert_allclose(found.displacement, dense @ moved, rtol=1e-12)
+    np.testing.assert_allclose(projector.displacement(), dense @ moved, rtol=1e-12)
+    np.testing.assert_allclose(found.decay, dense @ (weights * moved), rtol=1e-12)
+    assert found.gradient_square == pytest.approx(gradient @ gradient)
+    np.testing.assert_allclose(
+        projector.decay_at_origin(decays), dense @ (weights * origin / scale), rtol=1e-12
+    )
+    # The last three of the four modes have images.
+    np.testing.assert_allclose(found.force[:, 1:], images.numpy() @ moved, rtol=1e-12)
+    np.testing.assert_array_equal(found.force[:, 0], 0)
+
+
+def test_norms_then_and_now() -> None:
+    _, parameters = make(torch.float64)
+    projector = Projector(torch.eye(SIZE, dtype=torch.float64), parameters)
+    before = [float(p.detach().norm()) for p in parameters]
+    move(parameters)
+    now = [float(p.detach().norm()) for p in parameters]
+    np.testing.assert_allclose(projector.norms(), [before, now], rtol=1e-12)
+
+
 def test_a_gradient_that_was_missing_before_is_not_remembered() -> None:
     basis, parameters = make(torch.float64)
     projector = Projector(basis, parameters)

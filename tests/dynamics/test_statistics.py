@@ -310,7 +310,8 @@ def test_lagged_products_parts_and_forces(seed: int, steps: int) -> None:
         np.testing.assert_allclose(part.products, direct, rtol=1e-9, atol=1e-6)
         assert part.diffusion_clock == pytest.approx(sum(step[4] ** 2 for step in path[: part.steps]))
     u, g = (np.array([step[i] for step in path]) for i in (5, 1))
-    direct = np.array([np.ones_like(u), u, g, u * u, u * g, g * g]).sum(1)
+    pulls = np.array([np.ones_like(u), u, u, g])
+    direct = np.einsum("itk,jtk->ijk", pulls, pulls)
     np.testing.assert_allclose(found.force, direct, rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(found.start, path[0][0])
 

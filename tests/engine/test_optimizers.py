@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from sgd_probe.engine.optimizers import OptimizerState, read_optimizer
+from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 
 
 def parameters(count: int = 2) -> list[nn.Parameter]:
@@ -23,28 +24,27 @@ def read(**options: Any) -> OptimizerState:
 @pytest.mark.parametrize(
     ("options", "expected", "effective"),
     [
-        ({}, OptimizerState("SGD", 0.1, 0.0, 0.0, (0.0, 0.0), ""), 0.1),
-        ({"momentum": 0.9}, OptimizerState("SGD", 0.1, 0.9, 0.0, (0.0, 0.0), ""), 1.0),
-        (
-            {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01},
-            OptimizerState("SGD", 0.1, 0.9, 0.5, (0.01, 0.01), ""),
-            0.5,
-        ),
-        ({"dampening": 0.5}, OptimizerState("SGD", 0.1, 0.0, 0.0, (0.0, 0.0), ""), 0.1),
-        ({"lr": 0.0}, OptimizerState("SGD", 0.0, 0.0, 0.0, (0.0, 0.0), ""), 0.0),
-        ({"lr": torch.tensor(0.25)}, OptimizerState("SGD", 0.25, 0.0, 0.0, (0.0, 0.0), ""), 0.25),
+        ({}, (0.1, 0.0, 0.0, (0.0, 0.0)), 0.1),
+        ({"momentum": 0.9}, (0.1, 0.9, 0.0, (0.0, 0.0)), 1.0),
+        ({"momentum": 0.9, "nesterov": True}, (0.1, 0.9, 0.0, (0.0, 0.0)), 1.0),
+        ({"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01}, (0.1, 0.9, 0.5, (0.01, 0.01)), 0.5),
+        ({"dampening": 0.5}, (0.1, 0.0, 0.0, (0.0, 0.0)), 0.1),
+        ({"lr": 0.0}, (0.0, 0.0, 0.0, (0.0, 0.0)), 0.0),
+        ({"lr": torch.tensor(0.25)}, (0.25, 0.0, 0.0, (0.0, 0.0)), 0.25),
     ],
 )
-def test_sgd(options: dict[str, Any], expected: OptimizerState, effective: float) -> None:
+def test_sgd(options: dict[str, Any], expected: tuple[Any, ...], effective: float) -> None:
     found = read(**options)
-    assert found == expected
+    assert (found.learning_rate, found.momentum, found.dampening, found.decays) == expected
+    assert (found.shares, found.withheld, found.unpredicted) == ((1.0, 1.0), "", "")
+    assert found.nesterov == options.get("nesterov", False)
+    assert found.plain and found.coordinates == "weights"
     assert found.effective_learning_rate == pytest.approx(effective)
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"momentum": 0.9, "nesterov": True}, "Nesterov"),
         ({"maximize": True}, "maximises"),
         ({"momentum": 1.0}, "outside"),
         ({"momentum": 0.9, "dampening": 1.0}, "outside"),
@@ -68,7 +68,13 @@ def test_groups() -> None:
     # Groups that differ in decay alone are covered; decays come in the order of the parameters.
     assert read_optimizer(optimizer, [second, first]).decays == (0.0, 0.1)
     assert read_optimizer(optimizer, [second, first]).withheld == ""
-    assert "groups differ" in read_optimizer(optimizer, [first, third]).withheld
+    # Effective rates .1 and 5 (.5 at momentum .9): a share of .02, and no one momentum to predict with.
+    apart = read_optimizer(optimizer, [first, third])
+    assert apart.withheld == "" and "differ in momentum" in apart.unpredicted
+    assert apart.shares == pytest.approx((0.02, 1.0))
+    assert (apart.momentum, apart.effective_learning_rate) == pytest.approx((0.9, 5.0))
+    assert apart.decay_factors == pytest.approx((0.002, 0.0))
+    assert read_scales(optimizer, [first, third], apart) == pytest.approx([math.sqrt(0.02), 1.0])
     # Groups without a probed parameter do not matter.
     alone = read_optimizer(optimizer, [third])
     assert (alone.learning_rate, alone.momentum, alone.withheld) == (0.5, 0.9, "")
@@ -82,15 +88,103 @@ def test_dampening_without_momentum_makes_no_difference_between_groups() -> None
 
 
 @pytest.mark.parametrize(
-    "kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad]
+    ("kind", "options", "momentum", "effective"),
+    [
+        (torch.optim.AdamW, {}, 0.9, 0.01),
+        (torch.optim.AdamW, {"amsgrad": True, "betas": (0.8, 0.95)}, 0.8, 0.01),
+        (torch.optim.Adam, {"eps": 1e-3}, 0.9, 0.01),
+        (torch.optim.RMSprop, {}, 0.0, 0.01),
+        (torch.optim.RMSprop, {"centered": True}, 0.0, 0.01),
+    ],
 )
-def test_adaptive_optimizers_are_withheld(kind: type[torch.optim.Optimizer]) -> None:
+def test_adaptive_optimizers_are_plain_in_their_own_coordinates(
+    kind: Any, options: dict[str, Any], momentum: float, effective: float
+) -> None:
+    """A step of the real optimizer is one of heavy ball in y = S^-1 theta."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(3, 2, generator=generator, dtype=torch.float64)) for _ in range(2)]
+    groups: list[dict[str, Any]] = [{"params": [weights[0]]}, {"params": [weights[1]], "lr": 0.004}]
+    optimizer = kind(groups, lr=0.01, weight_decay=0.0, **options)
+    before = read_optimizer(optimizer, weights)
+    assert before.withheld == before.unpredicted == ""
+    with pytest.raises(ValueError, match="to have made a step"):
+        read_scales(optimizer, weights, before)
+    buffers = [torch.zeros_like(weight) for weight in weights]
+    steps = 7
+    for _ in range(steps):
+        for weight, buffer in zip(weights, buffers, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            taken = weight.grad if kind is torch.optim.RMSprop else (1 - momentum) * weight.grad
+            buffer.mul_(momentum).add_(taken)
+        old = [weight.detach().clone() for weight in weights]
+        optimizer.step()
+    found = read_optimizer(optimizer, weights)
+    assert (found.momentum, found.effective_learning_rate) == pytest.approx((momentum, effective))
+    assert found.shares == pytest.approx((1.0, 0.4)) and found.preconditioned and not found.plain
+    scales = read_scales(optimizer, weights, found)
+    assert scales is not None
+    # Adam divides its buffer by 1 - beta_1^t while that fills.
+    bias = 1.0 if kind is torch.optim.RMSprop else 1 - momentum**steps
+    for weight, before_step, buffer, scale in zip(weights, old, buffers, scales, strict=True):
+        moved = (weight.detach() - before_step) / scale
+        torch.testing.assert_close(moved, -found.learning_rate * scale * buffer / bias, rtol=1e-9, atol=0)
+
+
+def test_the_momentum_of_rmsprop_is_not_dampened() -> None:
     weights = parameters()
-    found = read_optimizer(kind(weights, lr=0.01, weight_decay=0.1), weights)  # type: ignore[call-arg]
+    found = read_optimizer(torch.optim.RMSprop(weights, lr=0.01, momentum=0.5), weights)
+    assert (found.momentum, found.dampening, found.effective_learning_rate) == (0.5, 0.0, 0.02)
+
+
+@pytest.mark.parametrize(("kind", "decoupled"), [(torch.optim.AdamW, True), (torch.optim.Adam, False)])
+def test_decay_of_adaptive_optimizers(kind: type[torch.optim.Optimizer], decoupled: bool) -> None:
+    first, second = parameters()
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": [second], "lr": 0.005}]
+    found = read_optimizer(kind(groups, lr=0.01, weight_decay=0.1), [first, second])  # type: ignore[call-arg]
+    assert found.decoupled == decoupled
+    assert found.decay_is_preconditioned == (not decoupled)
+    # Decoupled decay goes with each group's rate, coupled decay with S^2, in which the rate is already.
+    assert found.decay_factors == pytest.approx((0.1, 0.05) if decoupled else (0.1, 0.1))
+
+
+def test_a_parameter_without_a_gradient_yet_has_a_scale() -> None:
+    first, second = parameters()
+    optimizer = torch.optim.Adam([first, second], lr=0.1)
+    first.grad = torch.ones(2)
+    optimizer.step()
+    scales = read_scales(optimizer, [first, second], read_optimizer(optimizer, [first, second]))
+    assert scales is not None and scales[1] == 1.0
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.NAdam])
+def test_optimizers_of_another_rule_are_withheld(kind: type[torch.optim.Optimizer]) -> None:
+    weights = parameters()
+    found = read_optimizer(kind(weights, lr=0.01), weights)  # type: ignore[call-arg]
     assert found.name == kind.__name__
-    assert "not proportional to the gradient" in found.withheld
-    # Decoupled decay is no part of the gradient.
+    assert "is not known" in found.withheld
     assert (found.learning_rate, found.momentum, found.decays) == (0.01, 0.0, (0.0, 0.0))
+
+
+def test_a_subclass_with_a_step_of_its_own_is_withheld() -> None:
+    class Strange(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    weights = parameters()
+    assert "is not known" in read_optimizer(Strange(weights), weights).withheld
+    assert read_optimizer(type("Named", (torch.optim.AdamW,), {})(weights), weights).withheld == ""
+
+
+def test_rates_that_part_are_seen() -> None:
+    first, second = parameters()
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": [second], "lr": 0.05}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    before = read_optimizer(optimizer, [first, second])
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+    assert read_optimizer(optimizer, [first, second]).moves_as(before)
+    optimizer.param_groups[0]["lr"] *= 0.5
+    assert not read_optimizer(optimizer, [first, second]).moves_as(before)
 
 
 def test_a_schedule_is_followed() -> None:

@@ -104,10 +104,9 @@ class TestCurvatureBatches:
 
     def test_a_short_basis_is_not_the_most_that_is_held(self) -> None:
         config = ProbeConfig(top=10, flat=4)
-        assert most_vectors(config, 70, 2) == 70 + 4 + 10
+        assert most_vectors(config, 70) == 70 + 4 + 10
         # tests/curvature/test_memory.py measures them.
-        assert [most_vectors(config, 16, batches) for batches in (2, 8)] == [30, 30]
-        assert [most_vectors(config, 34, batches) for batches in (2, 8)] == [48, 50]
+        assert [most_vectors(config, basis) for basis in (16, 34)] == [34, 54]
 
     def test_interior_modes_cost_their_certificates_and_two_products_together(self) -> None:
         found = [finding_products(ProbeConfig(interior=count)) for count in (0, 1, 5)]

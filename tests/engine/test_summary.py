@@ -13,9 +13,10 @@ import torch
 
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine import probe
+from sgd_probe.engine.measured import Measured, decisive_curvature
 from sgd_probe.engine.optimizers import OptimizerState
 from sgd_probe.engine.sampling import Sampling
-from sgd_probe.engine.summary import Measured, decisive_curvature, summarise
+from sgd_probe.engine.summary import summarise
 from sgd_probe.result import ModeKind, Verdict, WindowResult
 from sgd_probe.theory.closed_forms import SGDDynamics, mean_squared_displacement
 from tests.helpers.quadratic import Quadratic, make_engine, run_window

@@ -1,0 +1,211 @@
+"""An open window: the directions it watches, and what every optimizer step adds to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.modes import ModeBasis
+from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.dynamics.force import JointStatistics
+from sgd_probe.dynamics.noise import Resampled
+from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.statistics import Draw, WindowStatistics
+from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.planning import WindowPlan
+
+#: A learning rate that changes by more than this share from one step to the next has jumped.
+JUMP = 0.1
+
+
+@dataclass
+class Window:
+    """An open window.
+
+    Attributes:
+        index: of the window in its run.
+        opened_at_step: optimizer steps done when it opened.
+        plan: its length, fixed when it opened.
+        basis: the directions, in the coordinates of ``space``.
+        space: the probed parameters, scaled as the optimizer scales them.
+        optimizer: as it stood when the window opened, with what has been noticed since.
+        certifying: the held-out batches.
+        samples_found: samples that found the directions.
+        noise_trace: trace of the covariance of a step's gradient at its start.
+        decays: weight decay along each mode.
+        resampled: gradients of the certifying batches at its start, projected; None for too few.
+        start_gradient: mean of those over its standard error, for every mode.
+        radial: share of each mode that only stretches rows of weights.
+        statistics: the running sums of all modes.
+        joint: those of products between the stiff modes.
+        jumps: steps at which the learning rate jumped.
+        warnings: what was noticed on the way.
+    """
+
+    index: int
+    opened_at_step: int
+    plan: WindowPlan
+    basis: ModeBasis
+    space: ParameterSpace
+    live: torch.optim.Optimizer
+    optimizer: OptimizerState
+    certifying: list[CurvatureBatch]
+    samples_found: int
+    noise_trace: float
+    decays: tuple[float, ...]
+    resampled: Resampled | None
+    start_gradient: tuple[float, ...]
+    radial: tuple[float, ...]
+    statistics: WindowStatistics
+    joint: JointStatistics
+    projector: Projector
+    jumps: int = 0
+    open_seconds: float = 0.0
+    observe_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        modes = len(self.basis.modes)
+        self._position = np.zeros(modes)
+        self._decay_since = np.zeros(modes)
+        self._force = np.zeros((2, modes))
+        self._decay_at_origin = self.projector.decay_at_origin(self.optimizer.decay_factors)
+        self._last_rate = 0.0
+        self._gradient_squares = 0.0
+        self._now = self.optimizer
+
+    @property
+    def due(self) -> bool:
+        """The planned number of steps has been seen."""
+        return self.statistics.steps + self.statistics.skipped >= self.plan.steps
+
+    @property
+    def top(self) -> int:
+        """Number of stiff modes, the first of the basis."""
+        return len(self.joint.products) // 2
+
+    def observe(self, draw: Draw) -> None:
+        """Read the step that the optimizer has just done.
+
+        Args:
+            draw: how its minibatch was drawn.
+        """
+        optimizer = read_optimizer(self.live, self.space.parameters)
+        projection = self.projector.project(optimizer.decay_factors)
+        usable = projection is not None and projection.finite
+        self._notice(optimizer)
+        if optimizer.decay_factors != self._now.decay_factors:
+            # What the new decay pulls at was not read before this step: begin with the next one.
+            self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
+            usable = False
+        self._now = optimizer
+        if projection is not None and usable:
+            gradient = projection.gradient + self._decay_at_origin + self._decay_since
+            self.statistics = self.statistics.update(
+                self._position,
+                gradient,
+                projection.displacement,
+                optimizer.learning_rate,
+                optimizer.effective_learning_rate,
+                u=self._force,
+                draw=draw,
+            )
+            self.joint = self.joint.update(self._position[: self.top], gradient[: self.top])
+            self._gradient_squares += projection.gradient_square
+        else:
+            self.statistics = self.statistics.skip(draw)
+        if projection is not None and np.isfinite(projection.displacement).all():
+            self._position = projection.displacement
+            self._decay_since = projection.decay
+            self._force = projection.force
+
+    def _notice(self, now: OptimizerState) -> None:
+        """Keep what has changed since the window opened and qualifies it."""
+        at_start = self.optimizer
+        if now.momentum != at_start.momentum and not at_start.unpredicted:
+            at_start = dataclasses.replace(at_start, unpredicted="its momentum changed during the window")
+        if now.momentum > at_start.momentum:
+            at_start = dataclasses.replace(at_start, momentum=now.momentum)
+        if not now.moves_as(self.optimizer) and not at_start.withheld:
+            at_start = dataclasses.replace(
+                at_start,
+                withheld="the learning rates of its parameter groups changed beside each other in the window",
+            )
+        self.optimizer = at_start
+        rate = now.effective_learning_rate
+        if self._last_rate > 0 and abs(rate / self._last_rate - 1) > JUMP:
+            self.jumps += 1
+        self._last_rate = rate
+
+    def random_noise(self) -> float:
+        """Noise variance of a random direction: never more than the used gradients have room for.
+
+        Clipping shrinks those; the trace at the window's start knows nothing of it.
+        """
+        steps = self.statistics.steps
+        mean_square = self._gradient_squares / steps if steps else math.inf
+        return min(self.noise_trace, mean_square) / self.space.size
+
+    def moved_otherwise(self) -> str:
+        """Why the weights are not where the optimizer's steps have brought them; "" where they are."""
+        displacement = self.projector.displacement()
+        if not np.isfinite(displacement).all():
+            return "The weights are no longer finite"
+        if not np.allclose(displacement, self._position, rtol=1e-3, atol=1e-7):
+            return "The weights were changed outside the optimizer's steps (by weight averaging, perhaps)"
+        return ""
+
+    def preconditioner_changes(self) -> tuple[float, ...]:
+        """Each mode's mean of ``P`` now over P at the start; empty where nothing is preconditioned."""
+        if not self.optimizer.preconditioned or self.space.scaling is None:
+            return ()
+        scales = read_scales(self.live, self.space.parameters, self._now)
+        if scales is None:
+            return ()
+        now = self.space.scaled(scales).scaling
+        assert now is not None
+        ratio = now.div_(self.space.scaling).square_()
+        return tuple((self.basis.vectors.square() @ ratio).tolist())
+
+    def norms(self) -> dict[str, tuple[float, float]]:
+        """Norm of every weight matrix, or tensor of more dimensions, at the start and now."""
+        norms = self.projector.norms()
+        return {
+            name: (float(then), float(now))
+            for name, parameter, then, now in zip(
+                self.space.names, self.space.parameters, *norms, strict=True
+            )
+            if parameter.ndim > 1
+        }
+
+
+def radial_shares(vectors: Tensor, space: ParameterSpace) -> tuple[float, ...]:
+    """Share of each direction's squared length that only stretches rows of the weights.
+
+    Where a normalisation follows a layer, the loss does not depend on the length of the weights of an output:
+    such a direction is a symmetry of the loss.
+
+    Args:
+        vectors: unit rows, shape (k, size), in the coordinates of ``space``.
+        space: the probed parameters.
+    """
+    shares = torch.zeros(len(vectors), dtype=torch.float64)
+    for parameter, where in zip(space.parameters, space.slices, strict=True):
+        if parameter.ndim < 2:
+            continue
+        weights = parameter.detach().reshape(-1)
+        if space.scaling is not None:
+            weights = weights / space.scaling[where]
+        rows = weights.view(len(parameter), -1)
+        lengths = rows.norm(dim=1, keepdim=True)
+        radii = torch.where(lengths > 0, rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny), 0.0)
+        for index, vector in enumerate(vectors):
+            along = (vector[where].view_as(radii) * radii).sum(1)
+            shares[index] += float(along.double().square().sum())
+    return tuple(shares.tolist())
