@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sgd_probe.curvature.aliased import CurvatureError, LossFunction
 from sgd_probe.curvature.batches import CurvatureBatch
-from sgd_probe.curvature.hessian import HessianOperator, finite
+from sgd_probe.curvature.hessian import HessianOperator, Ranks, finite
 from sgd_probe.curvature.linear_algebra import norm
 from sgd_probe.curvature.space import ParameterSpace
 
@@ -38,6 +38,7 @@ class FiniteDifferenceOperator(HessianOperator):
         dtype: work on copies of weights, buffers and batches in this precision; None takes them as they
             are.
         microbatch: most samples of a graph, as for :class:`HessianOperator`.
+        ranks: the processes of a distributed training, likewise.
         relative_step: length of the first step over that of the weights; default: the square root of the
             precision, or in float32 its cube root. Each further step is a quarter of the one before.
         tolerance: largest difference of the two products, over the length of the product (or what rounding
@@ -60,10 +61,13 @@ class FiniteDifferenceOperator(HessianOperator):
         *,
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
+        ranks: Ranks | None = None,
         relative_step: float | None = None,
         tolerance: float | None = None,
     ) -> None:
-        super().__init__(module, loss, batches, space, retain_graph=False, dtype=dtype, microbatch=microbatch)
+        super().__init__(
+            module, loss, batches, space, retain_graph=False, dtype=dtype, microbatch=microbatch, ranks=ranks
+        )
         precision, double = torch.finfo(self.space.dtype).eps, self.space.dtype is torch.float64
         self.relative_step = relative_step or precision ** (1 / 2 if double else 1 / 3)
         self.tolerance = tolerance or (1e-4 if double else 1e-2)

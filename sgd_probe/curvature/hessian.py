@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ __all__ = [
 ]
 
 
+class Ranks(Protocol):
+    """The processes among which the batches are divided; each calls the same things in the same order."""
+
+    def mean(self, work: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """Mean over the processes of what each computes: the same bits on all."""
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over the processes."""
+
+
 @dataclass(frozen=True)
 class _Graph:
     """Loss gradient of one batch, or a piece of it, with the graph that leads to it."""
@@ -65,6 +75,9 @@ class HessianOperator:
             are.
         microbatch: most samples of a graph; None takes batches whole. It is right where the mean over a
             batch's pieces is its loss: ask :func:`~sgd_probe.curvature.microbatches.check_pieces` first.
+        ranks: the processes of a distributed training, each with as many batches of its own. A batch is then
+            what all of them hold at that place, its loss the mean of theirs: what a step of the training is
+            made of. Every result is the same on all.
 
     Raises:
         CurvatureError: the loss is not a finite scalar, or does not depend on the parameters; a batch
@@ -81,6 +94,7 @@ class HessianOperator:
         retain_graph: bool = True,
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if not batches:
             raise ValueError("expected at least one curvature batch, found none")
@@ -94,7 +108,12 @@ class HessianOperator:
         # Graphs are of pieces. To the outside there are batches only: theirs is the noise of the training.
         self._pieces = tuple(cut(batch, microbatch) for batch in self.batches)
         self._graphs: dict[int, _Graph] = {}  # by the id of the piece, which lives as long
-        self._samples = sum(batch.samples for batch in self.batches)
+        self._ranks = ranks
+        counts = [float(batch.samples) for batch in self.batches]
+        if ranks is not None:
+            counts = ranks.total(counts)
+        self._samples = round(sum(counts))
+        self._weights = [count / self._samples for count in counts]
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +128,7 @@ class HessianOperator:
 
     @property
     def samples(self) -> int:
-        """Number of samples behind it."""
+        """Number of samples behind it, on all processes."""
         return self._samples
 
     def close(self) -> None:
@@ -129,8 +148,11 @@ class HessianOperator:
             CurvatureError: the product is not finite.
         """
         self.products += 1
+        product = partial(self._product, vector=vector)
+        if self._ranks is not None:
+            return self._ranks.mean(partial(self._weighted, product), vector)
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
-        return _mean(tuple(chain.from_iterable(self._pieces)), partial(self._product, vector=vector))
+        return _mean(tuple(chain.from_iterable(self._pieces)), product)
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Weight and product of every batch in turn; the weights add up to one.
@@ -146,8 +168,17 @@ class HessianOperator:
         return self._per_batch(self._gradient)
 
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
-        for batch, pieces in zip(self.batches, self._pieces, strict=True):
-            yield batch.samples / self._samples, _mean(pieces, value)
+        like = torch.empty(self.size, dtype=self.space.dtype, device=self.space.device)
+        for weight, pieces in zip(self._weights, self._pieces, strict=True):
+            work = partial(_mean, pieces, value)
+            yield weight, work() if self._ranks is None else self._ranks.mean(work, like)
+
+    def _weighted(self, value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
+        """This process's part of a mean over batches that all processes hold."""
+        total = _mean(self._pieces[0], value).mul_(self._weights[0])
+        for weight, pieces in zip(self._weights[1:], self._pieces[1:], strict=True):
+            total.add_(_mean(pieces, value), alpha=weight)
+        return total
 
     def _product(self, piece: CurvatureBatch, vector: Tensor) -> Tensor:
         """Its Hessian times a vector: a new tensor."""

@@ -35,6 +35,8 @@ Array = NDArray[np.float64]
 
 #: Relaxation times of the hypothesis that a flat mode is weighed against.
 CONFINED_RELAXATION_TIMES = 20.0
+#: Log evidence that "confined" and "diffusive" ask for.
+NEEDED, NEEDED_FLAT = 0.7, 1.0
 #: Fewer steps cannot carry the rule.
 MIN_STEPS = 40
 #: Nor can a schedule so steep that fewer steps of one size would do as much: 20 relaxation times in
@@ -44,10 +46,11 @@ MIN_EQUAL_STEPS = 20
 MIN_MEMORIES = 10
 #: From so many memories on the rule's rates are those without momentum; below, "confined" asks for more.
 FULL_MEMORIES = 30
-#: In shorter windows the noise counts as white unless its correlation gains so much log likelihood; between
-#: the two gains both ways of weighing have to agree.
-_SHORT = 200
-_MAY_BE, _STANDS_OUT = 0.7, 2.5
+#: Log likelihood that correlated noise costs the hypothesis that is to be refuted, and the one that is to be
+#: accepted. The latter has a share over the number of steps: a short window can take correlated noise for a
+#: restoring force, and hide a force behind it.
+_REFUTED = 0.5
+_ACCEPTED, _ACCEPTED_SHORT = 0.8, 70.0
 #: Gain in log likelihood, the slope free, from which a correlation enters the measured curvature: three
 #: standard errors. (Where a mode forgets within a step or two, 1 - eta lambda and the noise's correlation
 #: can be mistaken for each other.)
@@ -55,9 +58,11 @@ _FIRM = 4.5
 #: A slope that is free must be so much more likely to choose the noise's correlation.
 _FREE_SLOPE = 6.0
 #: Parts of a window differ in noise if they would by chance in this share of windows.
-_FADING_LEVEL = 1e-2
+_FADING_LEVEL = 3e-2
 #: Where it changes more, evening it out does not restore the rule's rates.
-MOST_FADING = 10.0
+MOST_FADING = 12.0
+#: Of the noise of an epoch's steps, more than all of it is left where it is not noise.
+_MORE_THAN_NOISE = 1.5
 #: Correlation beyond the step before that an AR(1) does not explain: significance and size.
 _BEYOND_LEVEL, _BEYOND_SIZE = 1e-4, 0.1
 _Z95 = 1.96
@@ -94,8 +99,8 @@ class Evidence:
     noise_variance: float
     slope: float
     slope_error: float
-    needed: float = 1.0
-    needed_flat: float = 1.0
+    needed: float = NEEDED
+    needed_flat: float = NEEDED_FLAT
     noise_correlation: float = 0.0
     fading: float = 1.0
     free_share: float = 1.0
@@ -160,7 +165,7 @@ def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
         drift = np.abs(moved) / np.sqrt(long_run * reach)
         beyond = _correlated_beyond(statistics, white, correlation, level)
         curvature, error = _unbiased(slope, statistics)
-    units, needed = statistics.noise_units, _needed(statistics, momentum)
+    units, (needed, needed_flat) = statistics.noise_units, _needed(statistics, momentum)
     share = float(statistics.displacement_clock * units / statistics.diffusion_clock)
     pace = moved / statistics.confinement_clock
     window = too_short(statistics, momentum) or _not_as_declared(statistics)
@@ -171,7 +176,7 @@ def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
         if change > MOST_FADING:
             doubts = f"its noise variance changed {change:.0f} times within the window"
         reservation = window or doubts
-        uneven = 0.5 if parts.fading[k] != 1 else 0.0
+        uneven = 1.0 if parts.fading[k] != 1 else 0.0
         found.append(
             Evidence(
                 log_bayes_factor=float(factor[k]),
@@ -182,7 +187,7 @@ def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
                 slope=float(slope.slope[k]),
                 slope_error=float(slope.standard_error[k]),
                 needed=needed + uneven,
-                needed_flat=1.0 if statistics.draw.memory * statistics.steps < 3 else needed,
+                needed_flat=needed_flat,
                 noise_correlation=float(correlation[k]),
                 fading=float(parts.fading[k]),
                 free_share=share,
@@ -281,38 +286,37 @@ class _Parts:
 def _log_bayes_factor(sums: _Sums, slope: Array, steps: int, prior: _Prior) -> tuple[Array, Array, Array]:
     """Log likelihood ratio of confined to flat, and the noise correlation of the likelier of them.
 
+    The noise is white or correlated under either, whichever is likelier at its price. The price is higher for
+    the hypothesis that is to be accepted, so that neither wins by its noise alone; between the two the ratio
+    is 0.
+
     Last, the log likelihood that the correlation gains where the slope is free.
     """
     free = np.nan_to_num(slope)
     hypotheses = [(np.zeros_like(free), None), (np.full_like(free, prior.curvature), prior.width)]
     candidates = [*hypotheses, (free, prior.width)]
-    white = [_likelihood(sums, c, w, steps, np.zeros_like(free)) for c, w in candidates]
     own = [_most_likely_correlation(sums, c, w) for c, w in candidates]
-    coloured = [_likelihood(sums, c, w, steps, phi) for (c, w), phi in zip(candidates, own, strict=True)]
-    penalty = np.array([0.0, 0.0, _FREE_SLOPE])[:, None]
-    best_white, best_coloured = np.stack(white) - penalty, np.stack(coloured) - penalty
-    # A free slope that is likelier than both decides only what the noise is like.
-    gain = best_coloured.max(0) - best_white.max(0)
-    coloured_noise = gain > _STANDS_OUT if steps < _SHORT else np.ones(len(free), dtype=bool)
-    levels = np.where(coloured_noise, best_coloured, best_white)
+    white = np.stack([_likelihood(sums, c, w, steps, np.zeros_like(free)) for c, w in candidates])
+    coloured = np.stack(
+        [_likelihood(sums, c, w, steps, phi) for (c, w), phi in zip(candidates, own, strict=True)]
+    )
+    accepted = _ACCEPTED + _ACCEPTED_SHORT / steps
+    dear, cheap = np.maximum(white, coloured - accepted), np.maximum(white, coloured - _REFUTED)
     stiffer = free > prior.curvature
-    factor, other = (_factor(likely, stiffer) for likely in (levels, best_coloured))
-    unsure = ~coloured_noise & (gain > _MAY_BE)
-    factor = np.where(unsure, _nearer_to_nothing(factor, other), factor)
-    choice = levels.argmax(0)
-    correlation = np.where(coloured_noise, np.choose(choice, own), 0.0)
-    return factor, correlation, coloured[2] - white[2]
+    for_confined = _confined(dear, stiffer) - cheap[0]
+    for_flat = dear[0] - _confined(cheap, stiffer)
+    factor = np.maximum(for_confined, 0) - np.maximum(for_flat, 0)
+    # A free slope that is likelier than both decides only what the noise is like.
+    price = np.array([0.0, 0.0, _FREE_SLOPE])[:, None]
+    choice = (coloured - price).argmax(0)
+    worth = (coloured - price).max(0) - (white - price).max(0) > accepted
+    correlation = np.where(worth, np.choose(choice, own), 0.0)
+    return np.asarray(factor), correlation, coloured[2] - white[2]
 
 
-def _factor(levels: Array, stiffer: NDArray[np.bool_]) -> Array:
-    """Confined to flat; a mode that is stiffer than the hypothesis may be as stiff as it looks."""
-    confined = np.where(stiffer, np.maximum(levels[1], levels[2]), levels[1])
-    return np.asarray(confined - levels[0])
-
-
-def _nearer_to_nothing(one: Array, other: Array) -> Array:
-    nearer = np.where(np.abs(one) < np.abs(other), one, other)
-    return np.asarray(np.where(one * other > 0, nearer, 0.0))
+def _confined(likely: Array, stiffer: NDArray[np.bool_]) -> Array:
+    """A mode that is stiffer than the hypothesis may be as stiff as it looks."""
+    return np.asarray(np.where(stiffer, np.maximum(likely[1], likely[2]), likely[1]))
 
 
 def _combined(matrix: Array, curvature: Array, centre: Array) -> Array:
@@ -343,20 +347,22 @@ def _likelihood(sums: _Sums, curvature: Array, width: float | None, steps: int, 
     return np.asarray(-steps / 2 * np.log(square) + 0.5 * np.log1p(-(phi**2)) + penalty)
 
 
-def _needed(statistics: WindowStatistics, momentum: float) -> float:
-    """Log evidence that "confined" asks for, so that a flat mode is called so in at most 5.5% of windows.
+def _needed(statistics: WindowStatistics, momentum: float) -> tuple[float, float]:
+    """Log evidence that "confined" and "diffusive" ask for.
 
-    Where a window has few memories of the momentum, or an epoch's sampling holds flat modes back, fewer
-    independent stretches decide, and chance goes further.
+    So much that a flat mode is called confined in 5% of windows at most, and one of 20 relaxation times
+    diffusive in 2%. Where a window has few memories of the momentum, or an epoch's sampling holds flat modes
+    back, fewer independent stretches decide, and chance goes further.
     """
-    needed = 1.0
+    confined, flat = NEEDED, NEEDED_FLAT
     memories = statistics.equal_steps * (1 - momentum)
     if momentum and memories < FULL_MEMORIES:
-        needed += 0.5 * (FULL_MEMORIES - memories) / (FULL_MEMORIES - MIN_MEMORIES)
+        confined += 0.5 * (FULL_MEMORIES - memories) / (FULL_MEMORIES - MIN_MEMORIES)
     epochs = statistics.draw.memory * statistics.steps
     if epochs > 0.2:
-        needed += 0.5 if epochs < 3 else 1.5
-    return needed
+        more = 0.5 if epochs < 3 else 1.5
+        confined, flat = confined + more, flat + more
+    return confined, flat
 
 
 def _saturated(statistics: WindowStatistics) -> float:
@@ -394,6 +400,11 @@ def _not_as_declared(statistics: WindowStatistics) -> str:
     ratio = epoch_cancellation(statistics)
     if ratio is None:
         return ""
+    if ratio.low > _MORE_THAN_NOISE:
+        return (
+            f"over an epoch the gradients add up to {ratio.value:.1f} times what their noise explains: "
+            "something beside noise and the modes' own curvature moves them"
+        )
     if ratio.low > 2 * ratio.expected + 0.1:
         return (
             f"over an epoch {ratio.value:.0%} of the noise is left where the declared sampling leaves "

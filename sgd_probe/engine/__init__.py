@@ -3,6 +3,7 @@
 from sgd_probe.curvature.hessian import CurvatureError, LossFunction
 from sgd_probe.curvature.space import ParameterFilter
 from sgd_probe.engine.config import ProbeConfig
+from sgd_probe.engine.distributed import Processes
 from sgd_probe.engine.ledger import duration
 from sgd_probe.engine.probe import ProbeEngine
 from sgd_probe.engine.sampling import Sampling, read_sampling
@@ -13,6 +14,7 @@ __all__ = [
     "ParameterFilter",
     "ProbeConfig",
     "ProbeEngine",
+    "Processes",
     "Sampling",
     "duration",
     "read_sampling",

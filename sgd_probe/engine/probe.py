@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from sgd_probe.dynamics.noise import Resampled, resample
 from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
+from sgd_probe.engine.distributed import Processes
 from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.measured import Measured, decisive_curvature
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
@@ -62,6 +63,18 @@ log = logging.getLogger("sgd_probe")
 MAX_FAILURES = 3
 #: Steps to wait after a window that failed to open.
 RETRY_STEPS = 200
+#: Processes of a distributed training settle what is to happen every so many optimizer steps.
+CONFER_STEPS = 8
+
+_T = TypeVar("_T")
+
+
+class _Agreed(NamedTuple):
+    """What all processes are going to do at this step."""
+
+    collect: bool = False
+    open: bool = False
+    close: bool = False
 
 
 class ProbeEngine:
@@ -77,6 +90,7 @@ class ProbeEngine:
         first_step: optimizer steps done already.
         accumulation: microbatches in an optimizer step.
         params: which parameters to probe, of those that the optimizer moves.
+        processes: those of a distributed training, all of which have an engine; call :meth:`confer` then.
 
     Raises:
         ValueError: there is nothing to probe.
@@ -94,6 +108,7 @@ class ProbeEngine:
         first_step: int = 0,
         accumulation: int = 1,
         params: ParameterFilter = None,
+        processes: Processes | None = None,
     ) -> None:
         moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.space = ParameterSpace.of(module, params, among=moved)
@@ -106,6 +121,9 @@ class ProbeEngine:
         self._schedule = Schedule(config, first_step, planned_steps)
         self._planned_steps = planned_steps
         self._accumulation = accumulation
+        self._processes = processes
+        self._first_step = first_step
+        self._agreed = _Agreed()
         self._generator = torch.Generator().manual_seed(config.seed)
         self._differences = config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
@@ -143,6 +161,10 @@ class ProbeEngine:
     @property
     def closing_due(self) -> bool:
         """The open window has seen its planned steps."""
+        return self._is_due if self._processes is None else self._agreed.close
+
+    @property
+    def _is_due(self) -> bool:
         return self._window is not None and self._window.due
 
     @property
@@ -167,9 +189,11 @@ class ProbeEngine:
         frozen, config = self._freeze(batch, index), self.config
         kind = FiniteDifferenceOperator if self._differences else HessianOperator
         with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._check_pieces([frozen])
-            self._cost = measure_gradient(
-                self._module, self._loss, frozen, self.space, config.microbatch, kind
+            self._alone(lambda: self._check_pieces([frozen]))
+            self._cost = self._alone(
+                lambda: measure_gradient(
+                    self._module, self._loss, frozen, self.space, config.microbatch, kind
+                )
             )
         for kept in (True, False):
             self._batches_per_set = choose_curvature_batches(
@@ -177,6 +201,8 @@ class ProbeEngine:
             )
             if self._retain_graphs():
                 break
+        if self._processes is not None:
+            self._batches_per_set = round(self._processes.least(self._batches_per_set))
         retained = self._retain_graphs()
         per_batch = gradients_per_batch(config, retained)
         self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
@@ -217,15 +243,41 @@ class ProbeEngine:
         if not self._batches_per_set:
             return
         if not self._collecting:
-            self._collecting = self._window_due(step)
+            self._collecting = self._window_due(step) if self._processes is None else self._agreed.collect
         if self._collecting and len(self._pool) < 2 * self._batches_per_set:
             with self.ledger.charge():
                 self._pool.append(self._freeze(batch, index))
 
     def opening_due(self, step: int) -> bool:
         """Enough batches are there; call :meth:`open_window` if ``step`` optimizer steps are done."""
+        return self._ready(step) if self._processes is None else self._agreed.open
+
+    def _ready(self, step: int) -> bool:
         full = self._collecting and len(self._pool) >= 2 * self._batches_per_set
         return full and not self.is_open and step >= self._schedule.next_step
+
+    def confer(self, step: int, failed: bool = False) -> bool:
+        """Settle with the other processes what is to happen; call it at every step boundary on all of them.
+
+        They meet every :data:`CONFER_STEPS` steps; windows open and close there. The first process decides
+        when batches are collected: the others' clocks run differently.
+
+        Args:
+            step: optimizer steps done.
+            failed: this process cannot go on.
+
+        Returns:
+            Some process has failed: switch off, all do.
+        """
+        self._agreed = _Agreed()
+        if self._processes is None or (step - self._first_step) % CONFER_STEPS:
+            return False
+        lead = self._processes.rank == 0 and not failed and bool(self._batches_per_set)
+        collect = lead and not self._collecting and self._window_due(step)
+        flags = (failed, collect, not self._ready(step), not self._is_due)
+        broken, collect_, not_ready, not_due = map(bool, self._processes.largest([float(f) for f in flags]))
+        self._agreed = _Agreed(collect=collect_, open=not not_ready, close=not not_due)
+        return broken
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -267,6 +319,9 @@ class ProbeEngine:
         """Read the step that the optimizer has just done; call it before gradients are zeroed."""
         window = self._window
         if window is None:
+            return
+        if window.due:  # it waits for the next meeting of the processes
+            window.late += 1
             return
         with self.ledger.charge() as charge:
             window.observe(self.sampling.draw(self._batch_index))
@@ -316,7 +371,7 @@ class ProbeEngine:
             optimizer=window.optimizer,
             sampling=self.sampling,
             samples_found=window.samples_found,
-            samples_certified=sum(batch.samples for batch in window.certifying),
+            samples_certified=window.samples_certified,
             batches=len(window.certifying),
             parameters=self.space.size,
             self_test=self._self_test,
@@ -431,6 +486,8 @@ class ProbeEngine:
             free = free_memory(self.space.device)
             limit = free // 2 if free is not None else 2**32
         room = limit // self._vector_bytes
+        if self._processes is not None:
+            room = int(self._processes.least(room))
         if room < needed:
             fewer = "`top` or `interior`" if config.interior else "`top`"
             raise CurvatureError(
@@ -440,12 +497,18 @@ class ProbeEngine:
         return min(room, most_products(config.top))
 
     def _operator(
-        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool
+        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool, alone: bool = False
     ) -> HessianOperator:
-        size = self.config.microbatch
+        size, ranks = self.config.microbatch, None if alone else self._processes
         if self._differences:
-            return FiniteDifferenceOperator(self._module, self._loss, batches, space, microbatch=size)
-        return HessianOperator(self._module, self._loss, batches, space, retain, microbatch=size)
+            return FiniteDifferenceOperator(
+                self._module, self._loss, batches, space, microbatch=size, ranks=ranks
+            )
+        return HessianOperator(self._module, self._loss, batches, space, retain, microbatch=size, ranks=ranks)
+
+    def _alone(self, work: Callable[[], _T]) -> _T:
+        """Work of this process on what it alone has; with others, it must succeed on all."""
+        return work() if self._processes is None else self._processes.together(work)
 
     def _scaled_space(self, optimizer: OptimizerState) -> ParameterSpace:
         """The coordinates in which the optimizer is plain SGD."""
@@ -468,9 +531,10 @@ class ProbeEngine:
         if self._self_test:
             return
         pieces = cut(batches[0], self.config.microbatch)
-        if len(pieces) > 1:
-            with self._operator(pieces[:1], operator.space, retain=True) as small:
-                self._self_test = self_test(small, self._generator)
+        # Whether derivatives are right has nothing to do with how an optimizer scales the weights.
+        if len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
+            with self._operator(pieces[:1], self.space, retain=True, alone=True) as small:
+                self._self_test = self._alone(lambda: self_test(small, self._generator))
         else:
             self._self_test = self_test(operator, self._generator)
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
@@ -481,8 +545,8 @@ class ProbeEngine:
         finding, certifying = self._pool[0::2], self._pool[1::2]
         config, retain = self.config, self._retain_graphs()
         optimizer = self._read_optimizer()
-        space = self._scaled_space(optimizer)
-        self._check_pieces(self._pool)
+        space = self._alone(lambda: self._scaled_space(optimizer))
+        self._alone(lambda: self._check_pieces(self._pool))
         with self._operator(finding, space, retain) as operator:
             self._test_once(finding, operator)
             trace = gradient_noise_trace(operator)
@@ -529,6 +593,7 @@ class ProbeEngine:
             optimizer=optimizer,
             certifying=certifying,
             samples_found=operator.samples,
+            samples_certified=held_out.samples,
             noise_trace=trace / self._accumulation,
             decays=decays,
             resampled=resampled,

@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -152,6 +153,15 @@ def _read(loader: Any) -> Sampling:
         scheme, samples = "without_replacement", len(sampler)
     elif isinstance(sampler, SequentialSampler):
         scheme = "ordered"
+    elif isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__:
+        # A step gathers a batch of every process; together they go through the data once an epoch.
+        return Sampling(
+            "without_replacement" if sampler.shuffle else "ordered",
+            samples=sampler.total_size if sampler.drop_last else samples,
+            batch_size=(batch_sampler.batch_size or 0) * sampler.num_replicas,
+            batches=_length(loader),
+            drop_last=batch_sampler.drop_last,
+        )
     else:
         scheme = "unknown"
     return Sampling(

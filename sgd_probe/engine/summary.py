@@ -119,7 +119,9 @@ def summarise(measured: Measured) -> WindowResult:
         modes=modes,
         warnings=(*measured.warnings, *warnings(measured, modes, views.withheld, joint)),
         expected_false_flags=(
-            math.nan if views.withheld else expected_false_flags(len(modes) - mixed, mixed)
+            math.nan
+            if views.withheld
+            else expected_false_flags(len(modes) - mixed, mixed, statistics.draw.memory * statistics.steps)
         ),
         coordinates=measured.optimizer.coordinates,
         plan=measured.plan,

@@ -102,15 +102,15 @@ def test_bars_in_very_long_windows(name: str) -> None:
 def test_momentum_in_windows_that_are_short_against_its_memory(memories: int) -> None:
     """They decide less often, and no more wrongly.
 
-    Measured at 10 / 20 memories: flat modes 82 / 85% diffusive and 4.2 / 4.6% confined, 20 relaxation
-    times 83 / 90% confined.
+    Measured at 10 / 20 memories: flat modes 82 / 85% diffusive and 4.8 / 5.1% confined, 20 relaxation
+    times 86 / 92% confined.
     """
     steps = 10 * memories
     flat = rates(scenario("momentum", 0, steps, 10_000))
     assert upper_bound(flat[Verdict.CONFINED], 10_000) <= 0.055
     assert flat[Verdict.DIFFUSIVE] >= 0.80
     twenty = rates(scenario("momentum", 20, steps, 10_000))
-    assert twenty[Verdict.CONFINED] >= 0.82
+    assert twenty[Verdict.CONFINED] >= 0.85
     assert twenty[Verdict.DIFFUSIVE] <= 0.02
 
 
@@ -149,6 +149,14 @@ def test_unstable_modes(relaxation_times: float, momentum: float) -> None:
     found = rates(truth)
     assert found[Verdict.UNSTABLE] >= 0.98
     assert found[Verdict.CONFINED] <= 0.001
+
+
+def test_slowly_unstable_modes_are_seldom_taken_for_flat_ones() -> None:
+    """Three e-foldings: a quarter of them stay near, and look flat but for the sign of the slope."""
+    found = rates(Truth(relaxation_times=-3, rates=constant(500), replicas=10_000))
+    assert found[Verdict.UNSTABLE] >= 0.6
+    assert found[Verdict.DIFFUSIVE] <= 0.2
+    assert found[Verdict.CONFINED] <= 0.015
 
 
 def test_a_mode_that_settles_from_far_away_is_confined() -> None:
@@ -227,6 +235,8 @@ def test_the_rule_just_above_its_smallest_number_of_equal_steps() -> None:
 def test_expected_false_flags_count_both_kinds() -> None:
     assert expected_false_flags(0, 0) == 0
     assert expected_false_flags(10, 4) == pytest.approx(10 * 0.02 + 4 * 0.05)
+    assert expected_false_flags(10, 4, shuffled_epochs=4.9) == expected_false_flags(10, 4)
+    assert expected_false_flags(10, 4, shuffled_epochs=5) == pytest.approx(10 * 0.02 + 4 * 0.01)
 
 
 class TestShuffled:
@@ -284,9 +294,15 @@ class TestShuffled:
 
 class TestOddNoise:
     @staticmethod
-    def rates(relaxation_times: float, steps: int, correlation: float = 0.0, fading: float = 1.0) -> Rates:
+    def rates(
+        relaxation_times: float,
+        steps: int,
+        correlation: float = 0.0,
+        fading: float = 1.0,
+        count: int = 3_000,
+    ) -> Rates:
         """Correlated noise (an AR(1) process) or noise whose variance falls by a factor."""
-        count, rate, rng = 3_000, 0.05, np.random.default_rng(3)
+        rate, rng = 0.05, np.random.default_rng(3)
         curvature = relaxation_times / (rate * steps)
         settling = int(8 / (rate * curvature)) if relaxation_times else 0
         x, kick, found = np.zeros(count), np.zeros(count), WindowStatistics.empty(count, steps)
@@ -314,6 +330,22 @@ class TestOddNoise:
         assert np.mean(found) == pytest.approx(correlation, abs=0.02)
         held = self.rates(30, 300, correlation)
         assert held.shares[Verdict.CONFINED] >= 0.99
+
+    @pytest.mark.parametrize("correlation", [-0.3, 0.3])
+    def test_correlated_noise_in_short_windows(self, correlation: float) -> None:
+        """Wrong in at most 5%, with the error of 20,000 windows; at the price of power."""
+        flat = self.rates(0, 100, correlation, count=20_000).shares
+        assert 1 - flat[Verdict.DIFFUSIVE] - flat[Verdict.UNDETERMINED] <= 0.0515
+        assert flat[Verdict.DIFFUSIVE] >= 0.75
+        held = self.rates(20, 100, correlation, count=20_000).shares
+        assert held[Verdict.DIFFUSIVE] <= 0.03
+        assert held[Verdict.CONFINED] >= 0.78
+
+    def test_fading_noise_in_short_windows(self) -> None:
+        """As above: a fall by ten within a hundred steps."""
+        flat = self.rates(0, 100, fading=0.1, count=20_000).shares
+        assert 1 - flat[Verdict.DIFFUSIVE] - flat[Verdict.UNDETERMINED] <= 0.0515
+        assert flat[Verdict.DIFFUSIVE] >= 0.75
 
     def test_noise_that_fades_is_evened_out(self) -> None:
         flat = self.rates(0, 400, fading=0.1)
@@ -352,17 +384,21 @@ EVEN = Evidence(0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0)
 @pytest.mark.parametrize(
     ("changes", "verdict", "detail"),
     [
-        ({"log_bayes_factor": 1.0}, Verdict.CONFINED, ""),
+        ({"log_bayes_factor": 0.7}, Verdict.CONFINED, ""),
+        ({"log_bayes_factor": 0.69}, Verdict.UNDETERMINED, ""),
         ({"log_bayes_factor": 1.4, "needed": 1.5}, Verdict.UNDETERMINED, ""),
         ({"t_level": 4.0}, Verdict.CONFINED, "relaxing"),
-        ({"t_trend": 4.2}, Verdict.CONFINED, "moving centre"),
+        ({"t_trend": 4.5}, Verdict.CONFINED, "moving centre"),
         ({"log_bayes_factor": -1.0}, Verdict.DIFFUSIVE, ""),
         ({"log_bayes_factor": -1.0, "needed_flat": 2.0}, Verdict.UNDETERMINED, ""),
         ({"log_bayes_factor": -1.0, "free_share": 0.4}, Verdict.SAMPLING_CONFINED, ""),
-        ({"log_bayes_factor": -1.0, "t_level": 3.0}, Verdict.UNDETERMINED, ""),
-        ({"log_bayes_factor": -1.0, "t_trend": 3.5}, Verdict.UNDETERMINED, ""),
-        ({"log_bayes_factor": -9.0, "drift_z": 2.81}, Verdict.DRIFTING, ""),
-        ({"log_bayes_factor": -9.0, "drift_z": 2.81, "t_level": -2.6}, Verdict.UNSTABLE, ""),
+        ({"log_bayes_factor": -1.0, "t_level": 3.5}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": -9.0, "t_level": -0.3}, Verdict.UNDETERMINED, ""),
+        ({"log_bayes_factor": -9.0, "t_level": -0.3, "free_share": 0.4}, Verdict.SAMPLING_CONFINED, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 2.99}, Verdict.DIFFUSIVE, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 3.0}, Verdict.DRIFTING, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 2.0, "t_level": -2.0}, Verdict.UNSTABLE, ""),
+        ({"log_bayes_factor": -9.0, "drift_z": 1.9, "t_level": -2.0}, Verdict.UNDETERMINED, ""),
         ({"log_bayes_factor": 9.0, "reservation": "why not"}, Verdict.UNDETERMINED, ""),
         ({"log_bayes_factor": 9.0, "noise_variance": 0.0}, Verdict.UNDETERMINED, ""),
         ({}, Verdict.UNDETERMINED, ""),

@@ -103,7 +103,7 @@ def test_adam_s_variance_is_that_of_heavy_ball_with_its_own_dampening() -> None:
 def test_decoupled_decay_confines_what_is_flat_without() -> None:
     """AdamW's decay pulls y back by eta wd a step, whatever the curvature: kappa = wd eta T."""
     curvatures, noise = (50.0, 1e-6, 1e-7), [1.0, 1.0, 2.0]
-    base = {"lr": 0.02, "betas": (0.9, 0.9999)}
+    base: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.9999)}
     verdicts = {}
     for decay in (0.0, 2.0):
         module, optimizer = settled(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -80,6 +81,20 @@ CASES: dict[str, tuple[Callable[[], Any], Sampling]] = {
     "subset": (
         lambda: loader(sampler=SubsetRandomSampler(range(40))),
         Sampling("without_replacement", samples=40, batch_size=8, batches=5),
+    ),
+    "distributed": (
+        lambda: loader(sampler=DistributedSampler(DATA, num_replicas=4, rank=1)),
+        Sampling("without_replacement", samples=100, batch_size=32, batches=4),
+    ),
+    "distributed_drop_last": (
+        lambda: loader(
+            sampler=DistributedSampler(DATA, num_replicas=3, rank=1, drop_last=True), drop_last=True
+        ),
+        Sampling("without_replacement", samples=99, batch_size=24, batches=4, drop_last=True),
+    ),
+    "distributed_in_order": (
+        lambda: loader(sampler=DistributedSampler(DATA, num_replicas=4, rank=1, shuffle=False)),
+        Sampling("ordered", samples=100, batch_size=32, batches=4),
     ),
     "sequential": (lambda: loader(), Sampling("ordered", samples=100, batch_size=8, batches=13)),
     "batch_sampler": (
