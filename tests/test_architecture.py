@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"curvature", "dynamics", "theory", "result", "isolation"},
     "report": {"result"},
     "sinks": {"result", "report"},
-    "integrations": {"engine", "sinks", "result"},
+    "integrations": {"engine", "sinks", "result", "isolation"},
 }
 
 # The shell may import every room and the public names; nothing imports the shell, but for these lazy ways in.
@@ -60,8 +60,9 @@ DOORS: dict[str, set[str]] = {
 
 # What `import sgd_probe` alone must not bring.
 HEAVY = {"torch", "pytorch_lightning", "lightning", "wandb", "plotly", "transformers", "pyhessian", "sklearn"}
-# What a user may not have installed. (rich cannot be hidden: Lightning trusts its metadata and imports it.)
-OPTIONAL = {"wandb", "transformers", "pyhessian", "sklearn"}
+# What a user may not have installed. (rich and transformers cannot be hidden: Lightning and torchmetrics
+# trust their metadata and import them.)
+OPTIONAL = {"wandb", "pyhessian", "sklearn"}
 
 
 @dataclass(frozen=True)

@@ -641,3 +641,18 @@ def test_compiled_modules_run_eagerly_inside() -> None:
     assert bool(torch.isfinite(seconds[0]).all())
     module(x)
     assert len(runs) == 2
+
+
+def test_counters_of_hooks_that_wandb_watch_registers_stand_still() -> None:
+    module = network()
+    counts = [0]
+
+    def count(*_: Any) -> None:
+        counts[0] += 1
+
+    count.__module__ = "wandb.integration.torch.wandb_torch"
+    module.layers.register_forward_hook(count)
+    with isolated(module):
+        module.layers(torch.randn(6, 4))
+        assert counts == [1]
+    assert counts == [0]

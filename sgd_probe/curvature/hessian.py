@@ -285,6 +285,7 @@ def measure_gradient(
     space: ParameterSpace,
     microbatch: int | None = None,
     kind: type[HessianOperator] = HessianOperator,
+    dtype: torch.dtype | None = None,
 ) -> GradientCost:
     """Build one batch's graph and see what it takes; also the first sign that the loss can be probed.
 
@@ -297,6 +298,7 @@ def measure_gradient(
         space: the probed parameters.
         microbatch: most samples of a graph.
         kind: what will take the products, and decides what of a graph is kept.
+        dtype: of copies to work on, as for the operator.
 
     Raises:
         CurvatureError: the loss cannot be probed.
@@ -313,7 +315,7 @@ def measure_gradient(
         return tensor
 
     pieces = cut(batch, microbatch)  # the first is the largest
-    operator = kind(module, loss, pieces[:1], space)
+    operator = kind(module, loss, pieces[:1], space, dtype=dtype)
     with operator, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         next(operator.gradients())
     # The first call pays for lazy initialisation; of the next ones the fastest was disturbed least.
@@ -321,8 +323,8 @@ def measure_gradient(
     for _ in range(3):
         started = time.perf_counter()
         for piece in pieces:
-            with kind(module, loss, [piece], space) as operator:
+            with kind(module, loss, [piece], space, dtype=dtype) as operator:
                 next(operator.gradients())
         fastest = min(fastest, time.perf_counter() - started)
-    gradient = space.size * space.dtype.itemsize
+    gradient = space.size * (dtype or space.dtype).itemsize
     return GradientCost(fastest, sum(kept.values()) + gradient, len(pieces))

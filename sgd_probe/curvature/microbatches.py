@@ -60,7 +60,12 @@ def cut(batch: CurvatureBatch, size: int | None) -> tuple[CurvatureBatch, ...]:
 
 
 def check_pieces(
-    module: nn.Module, loss: LossFunction, batch: CurvatureBatch, space: ParameterSpace, size: int
+    module: nn.Module,
+    loss: LossFunction,
+    batch: CurvatureBatch,
+    space: ParameterSpace,
+    size: int,
+    dtype: torch.dtype | None = None,
 ) -> float | None:
     """Compare the loss and the gradient of a whole batch with the means over its pieces.
 
@@ -74,6 +79,7 @@ def check_pieces(
         batch: to be cut.
         space: the probed parameters.
         size: most samples of a piece.
+        dtype: of copies to work on, as for the operator.
 
     Returns:
         The larger of the two relative gaps; None where the batch has one piece, so that nothing was learnt.
@@ -85,7 +91,7 @@ def check_pieces(
     if len(pieces) == 1:
         return None
     _refuse_batch_norm(module)
-    aliased = AliasedLoss(module, loss)
+    aliased, space = AliasedLoss(module, loss, dtype), space if dtype is None else space.cast(dtype)
     with _quiet_dropout(module):
         value, gradient, precision = _value_and_gradient(aliased, space, batch)
         loss_scale = gradient_scale = 0.0

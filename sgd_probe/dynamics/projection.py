@@ -49,6 +49,10 @@ class Projector:
         scaling: the diagonal of S, shape (size,); None is the identity.
         preconditioned_decay: weight decay is part of what S scales twice, like the gradient.
         images: two estimates of Hv for the last rows of the basis, shape (2, rows, size).
+        origin: theta_0, shape (size,); the weights as they are by default.
+
+    Attributes:
+        origin: theta_0.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Projector:
         scaling: Tensor | None = None,
         preconditioned_decay: bool = False,
         images: Tensor | None = None,
+        origin: Tensor | None = None,
     ) -> None:
         self._basis = basis
         self._scaling = scaling
@@ -69,13 +74,13 @@ class Projector:
             piece.view(parameter.shape)
             for piece, parameter in zip(_pieces(self._work, parameters), parameters, strict=True)
         ]
-        self._origin = self._flat(self._parameters).clone()
+        self.origin = self._flat(self._parameters).clone() if origin is None else origin
 
     def decay_at_origin(self, decays: Sequence[float]) -> Array:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
         if not any(decays):
             return np.zeros(len(self._basis))
-        origin = self._origin if self._scaling is None else self._origin / self._scaling
+        origin = self.origin if self._scaling is None else self.origin / self._scaling
         return self._project(self._decayed(origin, decays))
 
     def displacement(self) -> Array:
@@ -84,7 +89,7 @@ class Projector:
 
     def norms(self) -> Array:
         """Norm of every parameter at theta_0 and as it is now, shape (2, parameters)."""
-        then = torch.stack([piece.norm() for piece in _pieces(self._origin, self._parameters)])
+        then = torch.stack([piece.norm() for piece in _pieces(self.origin, self._parameters)])
         now = torch.stack([parameter.detach().norm().to(then) for parameter in self._parameters])
         norms: Array = torch.stack([then, now]).double().cpu().numpy()
         return norms
@@ -123,7 +128,7 @@ class Projector:
         return Projection(along, position, decayed, float(numbers[0]), pulls)
 
     def _moved(self) -> Tensor:
-        moved = self._flat(self._parameters).sub_(self._origin)
+        moved = self._flat(self._parameters).sub_(self.origin)
         return moved if self._scaling is None else moved.div_(self._scaling)
 
     @torch.no_grad()

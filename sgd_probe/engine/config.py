@@ -53,6 +53,9 @@ class ProbeConfig:
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
+        checkpoint_window: store the open window (its directions, about 20 times the weights, and its
+            batches) in the trainer's checkpoints, so that a resumed run goes on with it; else it is lost
+            and the next one opens when it is due.
 
     Raises:
         ValueError: a knob is out of range; the message names it, the value and the range.
@@ -78,6 +81,7 @@ class ProbeConfig:
     max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
+    checkpoint_window: bool = False
 
     def __post_init__(self) -> None:
         for name, check, wanted in _RULES:
@@ -137,4 +141,5 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
+    ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
 )

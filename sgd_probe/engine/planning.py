@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
 from sgd_probe.curvature.krylov import BLOCK_ROWS
+from sgd_probe.dynamics.evidence import MIN_MEMORIES
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
 from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 
@@ -114,6 +115,7 @@ def choose_window(
     effective_learning_rate: float,
     steps_left: float,
     longest: float = math.inf,
+    momentum: float = 0.0,
 ) -> WindowPlan:
     """Length of the window that opens now; fixed from predictions alone, never from its data.
 
@@ -128,7 +130,9 @@ def choose_window(
         effective_learning_rate: momentum included.
         steps_left: optimizer steps until the run, or the next window, or infinity.
         longest: what :func:`turning_limit` made of the window before.
+        momentum: the rule asks for a number of its memories; "auto" takes twice as many.
     """
+    remembers = min(math.ceil(2 * MIN_MEMORIES / (1 - momentum)), MAX_WINDOW)
     room = int(min(steps_left, config.every_n_steps or math.inf, 10**9))
     if config.window != "auto":
         steps, reason = config.window, "set by the user"
@@ -143,7 +147,7 @@ def choose_window(
         stays_flat = math.inf
         if flats and effective_learning_rate > 0:
             stays_flat = 1 / effective_learning_rate / flats[(len(flats) - 1) // 2]
-        steps = max(math.ceil(needs[-1]) if needs else 200, 200)
+        steps = max(math.ceil(needs[-1]) if needs else 0, 200, remembers)
         reason = (
             f"{len(needs)} of {len(top_curvatures)} stiff modes reach "
             f"{CONFINED_RELAXATION_TIMES:g} relaxation times"
@@ -151,7 +155,7 @@ def choose_window(
         if steps > stays_flat:
             reason += f"; half of the flat directions stay flat for {int(stays_flat)} steps only"
         if steps > longest:
-            steps = max(int(longest), SHORTEST_WINDOW)
+            steps = max(int(longest), SHORTEST_WINDOW, remembers)
             reason = f"cut to {steps} steps, in which half of the stiff subspace turns, as in the last window"
     if steps > room:
         steps, reason = room, f"cut to the {room} steps that are left"

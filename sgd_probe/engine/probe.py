@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,6 +41,7 @@ from sgd_probe.engine.distributed import Processes
 from sgd_probe.engine.ledger import Ledger, duration, free_memory
 from sgd_probe.engine.measured import Measured, decisive_curvature
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import (
     SELF_TEST_GRADIENTS,
     Schedule,
@@ -63,6 +64,8 @@ log = logging.getLogger("sgd_probe")
 MAX_FAILURES = 3
 #: Steps to wait after a window that failed to open.
 RETRY_STEPS = 200
+#: Of what checkpoints hold of a probe.
+STATE_FORMAT = 1
 #: Processes of a distributed training settle what is to happen every so many optimizer steps.
 CONFER_STEPS = 8
 
@@ -125,6 +128,9 @@ class ProbeEngine:
         self._first_step = first_step
         self._agreed = _Agreed()
         self._generator = torch.Generator().manual_seed(config.seed)
+        # Weights in half precision: their curvature is that of the loss in float32, at those very weights.
+        self._dtype = torch.float32 if torch.finfo(self.space.dtype).bits < 32 else None
+        self._offered = False
         self._differences = config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
@@ -177,6 +183,70 @@ class ProbeEngine:
         """About how many Hessian-vector products an opening takes before certification."""
         return finding_products(self.config)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from: tensors and plain types. Call it between steps.
+
+        The open window is in it only under ``checkpoint_window``; else a resumed run begins with the next.
+        """
+        state: dict[str, Any] = {
+            "format": STATE_FORMAT,
+            "names": list(self.space.names),
+            "size": self.space.size,
+            "opened": self._schedule.opened,
+            "next_step": self._schedule.next_step,
+            "failures": self._failures,
+            "generator": self._generator.get_state(),
+            "self_test": self._self_test,
+            "turning_limit": self._turning_limit,
+            "warm_start": self._warm_start,
+            "window": None,
+            "pool": [],
+            "collecting": False,
+        }
+        if self.config.checkpoint_window:
+            try:
+                state["pool"] = [pack(batch) for batch in self._pool]
+                state["collecting"] = self._collecting
+                state["window"] = None if self._window is None else self._window.state()
+            except TypeError as error:
+                log.warning(
+                    "sgd_probe: the open window is not in the checkpoint (%s): a resumed run begins with the "
+                    "next one.",
+                    error,
+                )
+                state |= {"pool": [], "collecting": False, "window": None}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; call it before the first step.
+
+        Raises:
+            ValueError: it is of other parameters or of another version.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"expected a probe's state of format {STATE_FORMAT}, found {state.get('format')}"
+            )
+        if (list(state["names"]), state["size"]) != (list(self.space.names), self.space.size):
+            raise ValueError(
+                f"expected the state of a probe of {self.space.size:,} weights of the same names, found "
+                f"one of {state['size']:,}"
+            )
+        try:
+            window = state["window"]
+            self._window = None if window is None else Window.resumed(window, self.space, self._optimizer)
+            self._pool = [unpack(batch) for batch in state["pool"]]
+        except (KeyError, TypeError) as error:
+            self._window, self._pool = None, []
+            raise ValueError(f"expected a probe's state of this version, found another ({error})") from error
+        self._collecting = bool(state["collecting"])
+        self._schedule.opened, self._schedule.next_step = int(state["opened"]), int(state["next_step"])
+        self._failures, self._self_test = int(state["failures"]), str(state["self_test"])
+        self._generator.set_state(state["generator"].cpu())
+        self._turning_limit = float(state["turning_limit"])
+        warm = state["warm_start"]
+        self._warm_start = None if warm is None else warm.to(self.space.device, self.space.dtype)
+
     def preflight(self, batch: Any, index: int, step: int) -> tuple[str, ...]:
         """Try the loss once on a batch, and say what is going to happen.
 
@@ -192,7 +262,7 @@ class ProbeEngine:
             self._alone(lambda: self._check_pieces([frozen]))
             self._cost = self._alone(
                 lambda: measure_gradient(
-                    self._module, self._loss, frozen, self.space, config.microbatch, kind
+                    self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
                 )
             )
         for kept in (True, False):
@@ -239,7 +309,7 @@ class ProbeEngine:
             index: of the batch in its epoch.
             step: optimizer steps done.
         """
-        self._batch_index = index
+        self._batch_index, self._offered = index, False
         if not self._batches_per_set:
             return
         if not self._collecting:
@@ -247,6 +317,13 @@ class ProbeEngine:
         if self._collecting and len(self._pool) < 2 * self._batches_per_set:
             with self.ledger.charge():
                 self._pool.append(self._freeze(batch, index))
+                self._offered = True
+
+    def withdraw(self) -> None:
+        """The training step gave no loss for the batch that was handed over last: do without it."""
+        if self._offered:
+            self._pool.pop()
+            self._offered = False
 
     def opening_due(self, step: int) -> bool:
         """Enough batches are there; call :meth:`open_window` if ``step`` optimizer steps are done."""
@@ -309,7 +386,7 @@ class ProbeEngine:
             )
             return None
         finally:
-            self._pool = []
+            self._pool, self._offered = [], False
             self._collecting = False
         self._failures = 0
         self._window.open_seconds = charge.seconds
@@ -408,8 +485,14 @@ class ProbeEngine:
         return due
 
     def _ways(self) -> list[str]:
-        """What the user has declared of how the curvature is taken, a sentence an item."""
+        """How the curvature is taken, a sentence an item."""
         found = []
+        if self._dtype is not None:
+            kind = str(self.space.dtype).removeprefix("torch.")
+            found.append(
+                f"The weights are in {kind}: curvature is that of the loss in float32 at these weights; "
+                f"steps and gradients are those of the {kind} weights, where small steps are rounded away."
+            )
         if self._differences:
             found.append(
                 "Hessian-vector products are finite differences of gradients (`second_derivatives`); where "
@@ -471,7 +554,7 @@ class ProbeEngine:
 
     @property
     def _vector_bytes(self) -> int:
-        return self.space.size * self.space.dtype.itemsize
+        return self.space.size * (self._dtype or self.space.dtype).itemsize
 
     def _max_vectors(self) -> int:
         """Vectors that the eigensolver may hold: what memory has room for, or it needs at the least.
@@ -502,9 +585,11 @@ class ProbeEngine:
         size, ranks = self.config.microbatch, None if alone else self._processes
         if self._differences:
             return FiniteDifferenceOperator(
-                self._module, self._loss, batches, space, microbatch=size, ranks=ranks
+                self._module, self._loss, batches, space, dtype=self._dtype, microbatch=size, ranks=ranks
             )
-        return HessianOperator(self._module, self._loss, batches, space, retain, microbatch=size, ranks=ranks)
+        return HessianOperator(
+            self._module, self._loss, batches, space, retain, self._dtype, microbatch=size, ranks=ranks
+        )
 
     def _alone(self, work: Callable[[], _T]) -> _T:
         """Work of this process on what it alone has; with others, it must succeed on all."""
@@ -523,7 +608,7 @@ class ProbeEngine:
         if self.config.microbatch is not None and self._pieces_gap is None:
             largest = max(batches, key=lambda batch: batch.samples)
             self._pieces_gap = check_pieces(
-                self._module, self._loss, largest, self.space, self.config.microbatch
+                self._module, self._loss, largest, self.space, self.config.microbatch, self._dtype
             )
 
     def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator) -> None:
@@ -576,6 +661,7 @@ class ProbeEngine:
             optimizer.effective_learning_rate,
             self._schedule.steps_left(step),
             self._turning_limit,
+            optimizer.momentum,
         )
         index = self._schedule.opened
         self._schedule.open(step)
@@ -633,7 +719,8 @@ class ProbeEngine:
         rate = optimizer.effective_learning_rate
         if rate > 0 and not optimizer.withheld:
             left = self._schedule.steps_left(step)
-            steps = choose_window(config, eigenvalues.tolist(), [], rate, left, self._turning_limit).steps
+            limit, momentum = self._turning_limit, optimizer.momentum
+            steps = choose_window(config, eigenvalues.tolist(), [], rate, left, limit, momentum).steps
             aim = min(aim, 0.5 / (rate * steps))
         return max(aim, torch.finfo(torch.float64).tiny)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import WindowPlan
 
 #: A learning rate that changes by more than this share from one step to the next has jumped.
@@ -175,7 +178,41 @@ class Window:
         now = self.space.scaled(scales).scaling
         assert now is not None
         ratio = now.div_(self.space.scaling).square_()
-        return tuple((self.basis.vectors.square() @ ratio).tolist())
+        return tuple((self.basis.vectors.square() @ ratio.to(self.basis.vectors)).tolist())
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain types from which :meth:`resumed` goes on.
+
+        Raises:
+            TypeError: the certifying batches hold what cannot be stored safely.
+        """
+        kept = {name: pack(getattr(self, name)) for name in _KEPT}
+        return {**kept, "scaling": self.space.scaling, "origin": self.projector.origin}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any], space: ParameterSpace, live: torch.optim.Optimizer) -> Window:
+        """Go on with a window whose steps so far were observed in another process."""
+        values = {name: unpack(state[name]) for name in _KEPT}
+        hidden = {name: values.pop(name) for name in _HIDDEN}
+        device, dtype = space.device, space.dtype
+        basis: ModeBasis = values["basis"]
+        images = None if basis.images is None else basis.images.to(device, dtype)
+        values["basis"] = dataclasses.replace(basis, vectors=basis.vectors.to(device, dtype), images=images)
+        if state["scaling"] is not None:
+            space = dataclasses.replace(space, scaling=state["scaling"].to(device, dtype))
+        optimizer: OptimizerState = values["optimizer"]
+        projector = Projector(
+            values["basis"].vectors,
+            space.parameters,
+            space.scaling,
+            optimizer.decay_is_preconditioned,
+            images,
+            state["origin"].to(device, dtype),
+        )
+        window = cls(**values, space=space, live=live, projector=projector)
+        for name, value in hidden.items():
+            setattr(window, name, value)
+        return window
 
     def norms(self) -> dict[str, tuple[float, float]]:
         """Norm of every weight matrix, or tensor of more dimensions, at the start and now."""
@@ -187,6 +224,22 @@ class Window:
             )
             if parameter.ndim > 1
         }
+
+
+#: What a window is resumed from: its fields but those that live, and what its steps have left in it.
+_HIDDEN = (
+    "_position",
+    "_decay_since",
+    "_force",
+    "_decay_at_origin",
+    "_last_rate",
+    "_gradient_squares",
+    "_now",
+)
+_KEPT = (
+    *(f.name for f in dataclasses.fields(Window) if f.name not in ("space", "live", "projector")),
+    *_HIDDEN,
+)
 
 
 def radial_shares(vectors: Tensor, space: ParameterSpace) -> tuple[float, ...]:

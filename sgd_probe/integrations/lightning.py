@@ -13,24 +13,37 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import torch
 from torch import Tensor
 
-from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, duration, read_sampling
+from sgd_probe.engine import (
+    CurvatureError,
+    ParameterFilter,
+    ProbeConfig,
+    ProbeEngine,
+    Processes,
+    duration,
+    read_sampling,
+)
 from sgd_probe.integrations.lightning_compat import (
     Callback,
+    DrawnBatches,
     LightningModule,
     MisconfigurationException,
+    NoLossError,
     Trainer,
     announce,
     batches_per_epoch,
+    draws_itself,
     observe_steps,
     planned_steps,
     progress_bar,
     refusal,
+    remarks,
+    steps_done,
     training_loader,
     training_loss,
 )
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
-from sgd_probe.sinks.folder import FolderSink, fresh_folder
+from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
 from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
@@ -40,6 +53,8 @@ log = logging.getLogger("sgd_probe")
 _P = ParamSpec("_P")
 #: A window that the end of the fit cuts short is worth closing from here on.
 _MIN_STEPS_AT_END = 40
+#: Batches for which a training step may give no loss before the probe has seen one.
+_MOST_WITHOUT_LOSS = 10
 #: Pauses longer than this many seconds are announced.
 _LONG_PAUSE = 5.0
 
@@ -51,12 +66,15 @@ def _guarded(
 
     @functools.wraps(hook)
     def guarded(self: SGDProbe, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        if not self._on:
+        if not self._on or self._failed:
             return
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            self._switch_off()
+            if self._processes is None:
+                self._switch_off()
+            else:
+                self._failed = True  # the others learn of it when they meet next
             if self._strict:
                 raise
             log.warning(
@@ -91,6 +109,8 @@ class SGDProbe(Callback):
             directory. A folder that holds a run already is left alone and a numbered one taken.
         name: prefix of every metric; give each probe of a trainer its own.
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
+        optimizer: under manual optimisation, the one whose loss and weights are probed, counted from 0
+            in the order of ``configure_optimizers``; for another, add another probe (0).
         strict: raise failures instead of switching off.
         config: every other knob; the arguments above win over it.
 
@@ -115,6 +135,7 @@ class SGDProbe(Callback):
         run_dir: str | Path | None = None,
         name: str = "sgd_probe",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        optimizer: int = 0,
         strict: bool = False,
         config: ProbeConfig | None = None,
     ) -> None:
@@ -142,19 +163,31 @@ class SGDProbe(Callback):
             raise MisconfigurationException(f"SGDProbe: expected `run_dir` to be a path, found {run_dir!r}")
         if loss_fn is not None and not callable(loss_fn):
             raise MisconfigurationException(f"SGDProbe: expected `loss_fn` to be callable, found {loss_fn!r}")
+        if not isinstance(optimizer, int) or isinstance(optimizer, bool) or optimizer < 0:
+            raise MisconfigurationException(
+                f"SGDProbe: expected `optimizer` to be an integer of at least 0, found {optimizer!r}"
+            )
         self.name = name
         self.results: list[WindowResult] = []
         self._params = params
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._loss_fn = loss_fn
+        self._optimizer = optimizer
         self._strict = strict
         self._on = False
         self._engine: ProbeEngine | None = None
         self._sinks = SinkGroup([])
         self._metrics: CallbackMetricsSink | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._processes: Processes | None = None
+        self._failed = False
+        self._draws: DrawnBatches | None = None
+        self._restored: dict[str, Any] = {}
+        self._folder: Path | None = None
         self._planned = False
-        self._stepped = True
+        self._without_loss = 0
+        self._steps = 0  # done in the fit, as the trainer's loggers count them
+        self._stepped = 1  # of the probed optimizer, on the last batch
 
     @property
     def state_key(self) -> str:
@@ -168,12 +201,30 @@ class SGDProbe(Callback):
         # Published even where the probe stands aside: a monitor whose key is missing would raise.
         self._metrics = CallbackMetricsSink(trainer)
         self._metrics.publish(verdict_counts({}, self.name))
-        why = refusal(trainer, pl_module) or self._name_taken(trainer)
+        why = refusal(trainer, pl_module, self._optimizer) or self._name_taken(trainer)
         if why:
             log.warning("sgd_probe: off for this fit: %s.", why)
             return
         self._on = True
         self._start(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the trainer's checkpoint: when windows open, and on request the open one."""
+        engine = self._engine
+        if not self._on or self._failed or engine is None:
+            return dict(self._restored)
+        try:
+            folder = "" if self._folder is None else str(self._folder)
+            return {**engine.state_dict(), "folder": folder}
+        except Exception as error:
+            if self._strict:
+                raise
+            log.warning("sgd_probe: nothing of the probe is in the checkpoint (%s)", error)
+            return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Taken up when the fit begins."""
+        self._restored = dict(state_dict)
 
     def _name_taken(self, trainer: Trainer) -> str:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -186,17 +237,20 @@ class SGDProbe(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are probes at rest: what belongs to a running fit stays with it."""
         idle = SGDProbe(run_dir=self._run_dir, name=self.name, config=self.config, strict=self._strict)
-        running = ("_on", "_engine", "_sinks", "_metrics", "_hook")
+        running = ("_on", "_engine", "_sinks", "_metrics", "_hook", "_processes", "_failed", "_draws")
         state = {**vars(self), **{name: getattr(idle, name) for name in running}}
         # The trainer lends its callbacks the module's log methods.
         return {key: value for key, value in state.items() if key not in ("log", "log_dict")}
 
     @_guarded
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer = trainer.optimizers[0]
+        optimizer = trainer.optimizers[self._optimizer]
+        self._steps, self._stepped = steps_done(trainer, pl_module), 1
+        if trainer.world_size > 1:
+            self._processes = Processes(pl_module.device)
         self._engine = ProbeEngine(
             pl_module,
-            training_loss(trainer, self._loss_fn),
+            training_loss(trainer, self._loss_fn, self._optimizer),
             optimizer,
             self.config,
             sampling=dataclasses.replace(
@@ -205,40 +259,117 @@ class SGDProbe(Callback):
                 every_step=pl_module.automatic_optimization,
             ),
             planned_steps=planned_steps(trainer),
-            first_step=trainer.global_step,
+            first_step=self._steps,
             accumulation=trainer.accumulate_grad_batches,
             params=self._params,
+            processes=self._processes,
         )
-        self._planned, self._stepped = False, True
+        self._planned, self._without_loss = False, 0
+        self._resume()
+        self._draws = DrawnBatches(pl_module, self._on_draw) if draws_itself(pl_module) else None
         self._hook = observe_steps(optimizer, self._on_optimizer_step)
 
-    @_guarded
+    def _resume(self) -> None:
+        """Go on from a checkpoint, where the fit began with one."""
+        assert self._engine is not None
+        state, self._restored, self._folder = self._restored, {}, None
+        if not state:
+            return
+        try:
+            self._engine.load_state_dict(state)
+            self._folder = Path(state["folder"]) if state.get("folder") else None
+        except ValueError as error:
+            if self._strict:
+                raise
+            log.warning("sgd_probe: it begins anew, not where the checkpoint left it: %s", error)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keep a clone of the batch where one is needed; open a window where one is due."""
+        if not self._on:
+            return
+        stepped, self._stepped, self._steps = self._stepped, 0, steps_done(trainer, pl_module)
+        if stepped and self._processes is not None:
+            self._confer(self._steps)
+        self._watch(trainer, pl_module, batch, batch_idx, stepped)
+
+    def _confer(self, step: int) -> None:
+        """Settle with the other processes what is to happen now; where one has failed, all switch off.
+
+        A process that has failed keeps coming: the others would wait for it.
+        """
         assert self._engine is not None
-        engine, step = self._engine, trainer.global_step
-        if not self._planned:
-            self._planned = True
-            self._preflight(trainer, engine.preflight(batch, batch_idx, step))
-        engine.offer(batch, batch_idx, step)
-        if self._stepped and engine.opening_due(step):
-            if engine.window_seconds > _LONG_PAUSE:
-                announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
-                with progress_bar(engine.expected_products) as engine.on_product:
-                    basis = engine.open_window(step)
-                engine.on_product = None
-            else:
-                basis = engine.open_window(step)
-            if basis is not None and self._metrics is not None:
-                self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
-        self._stepped = False
+        if not self._engine.confer(step, self._failed):
+            return
+        if not self._failed:
+            log.warning(
+                "sgd_probe: switched off for the rest of this fit: another process failed, and its log says "
+                "why. Training goes on untouched."
+            )
+        self._switch_off()
 
     @_guarded
-    def _on_optimizer_step(self) -> None:
+    def _watch(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, stepped: int
+    ) -> None:
         assert self._engine is not None
-        self._stepped = True
+        engine, step = self._engine, self._steps
+        if self._draws is None:
+            self._plan(trainer, pl_module, batch, batch_idx)
+        elif self._draws.first is not None:
+            self._plan(trainer, pl_module, *self._draws.first)
+        if stepped and engine.opening_due(step):
+            self._open(trainer, engine, step)
+        if self._draws is None:
+            engine.offer(batch, batch_idx, step)
+        else:
+            self._draws.await_step()
+
+    def _open(self, trainer: Trainer, engine: ProbeEngine, step: int) -> None:
+        if engine.window_seconds > _LONG_PAUSE:
+            announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
+            with progress_bar(engine.expected_products) as engine.on_product:
+                basis = engine.open_window(step)
+            engine.on_product = None
+        else:
+            basis = engine.open_window(step)
+        if basis is not None and self._metrics is not None:
+            self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
+
+    def _plan(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Once in a fit, on its first batch that has a loss: say what is going to happen."""
+        assert self._engine is not None
+        if self._planned:
+            return
+        try:
+            plan = self._engine.preflight(batch, batch_idx, self._steps)
+        except NoLossError:
+            self._without_loss += 1
+            if self._without_loss == _MOST_WITHOUT_LOSS or self._draws is not None:
+                raise
+            return
+        self._planned = True
+        self._preflight(trainer, (*plan, *remarks(trainer, pl_module, self._optimizer)))
+
+    @_guarded
+    def _on_draw(self, batch: Any, batch_idx: int, before: int) -> None:
+        """A training step that draws for itself has drawn a batch."""
+        assert self._engine is not None
+        if before and self._loss_fn is None:
+            raise CurvatureError(
+                "expected a training_step that draws one batch from its dataloader_iter, found it drawing "
+                "more: give the probe a loss_fn"
+            )
+        self._engine.offer(batch, batch_idx, self._steps)
+
+    def _on_optimizer_step(self) -> None:
+        self._stepped += 1
+        self._observe()
+
+    @_guarded
+    def _observe(self) -> None:
+        assert self._engine is not None
         self._engine.observe()
 
     @_guarded
@@ -247,16 +378,29 @@ class SGDProbe(Callback):
     ) -> None:
         """Close a window that has seen its steps."""
         assert self._engine is not None
+        self._steps = steps_done(trainer, pl_module, stepped=True)
+        if self._stepped > 1 and not pl_module.automatic_optimization and self._loss_fn is None:
+            raise CurvatureError(
+                f"expected one step of optimizer {self._optimizer} a batch, found {self._stepped}: their "
+                "noise is not independent. Give the probe a loss_fn to have the curvature all the same"
+            )
+        if not outputs and pl_module.automatic_optimization:  # the training step returned None
+            self._engine.withdraw()
         if self._engine.closing_due:
             self._close(trainer)
 
-    @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, as far as it got, and let the sinks finish."""
+        if self._on and self._processes is not None:
+            self._failed = bool(self._processes.largest([float(self._failed)])[0])
+        self._close_at_end(trainer)
+        self._switch_off()
+
+    @_guarded
+    def _close_at_end(self, trainer: Trainer) -> None:
         assert self._engine is not None
         if self._engine.observed_steps >= _MIN_STEPS_AT_END:
             self._close(trainer)
-        self._switch_off()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer and let the sinks finish; the open window is lost."""
@@ -268,7 +412,7 @@ class SGDProbe(Callback):
 
     def _close(self, trainer: Trainer) -> None:
         assert self._engine is not None
-        closed = self._engine.close_window(trainer.global_step)
+        closed = self._engine.close_window(self._steps)
         if closed is None:
             return
         result, vectors = closed
@@ -305,11 +449,15 @@ class SGDProbe(Callback):
     def _make_sinks(self, trainer: Trainer) -> list[Sink]:
         assert self._metrics is not None
         sinks: list[Sink] = [self._metrics]
+        # Asked on every process, which then ask each other. Not "sgd_probe": in the working directory that
+        # would hide the package itself.
+        base = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}_run"
         if not trainer.is_global_zero:
             return sinks
-        # Not "sgd_probe": in the working directory that would hide the package itself.
-        base = self._run_dir or Path(trainer.log_dir or trainer.default_root_dir) / f"{self.name}_run"
-        sinks.append(FolderSink(fresh_folder(base), max_vector_bytes=self.config.max_vector_bytes))
+        # A resumed run goes on in its folder, if that is still there.
+        resumed = self._folder is not None and (self._folder / RUN_FILE).exists()
+        self._folder = self._folder if resumed and self._folder is not None else fresh_folder(base)
+        sinks.append(FolderSink(self._folder, max_vector_bytes=self.config.max_vector_bytes))
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:
@@ -318,11 +466,14 @@ class SGDProbe(Callback):
 
     def _switch_off(self) -> None:
         """Leave nothing behind in the user's objects; safe to call at any time."""
-        self._on = False
-        self._engine = None
+        self._on = self._failed = False
+        self._engine = self._processes = None
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        if self._draws is not None:
+            self._draws.release()
+            self._draws = None
         sinks, self._sinks, self._metrics = self._sinks, SinkGroup([]), None
         sinks.finish()
 

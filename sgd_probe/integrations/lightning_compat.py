@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -52,21 +53,30 @@ else:
 
 __all__ = [
     "Callback",
+    "DrawnBatches",
     "LightningModule",
     "MisconfigurationException",
+    "NoLossError",
     "Trainer",
     "announce",
     "batches_per_epoch",
+    "draws_itself",
     "observe_steps",
     "planned_steps",
     "progress_bar",
     "refusal",
+    "remarks",
+    "steps_done",
     "training_loader",
     "training_loss",
 ]
 
-#: Precisions whose weights are held in full precision.
-_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+#: Precisions whose forward pass the probe can do in float32 or better.
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+
+
+class NoLossError(CurvatureError):
+    """The training step gives no loss for a batch; the next may have one."""
 
 
 def announce(trainer: Trainer, message: str) -> None:
@@ -92,9 +102,27 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def planned_steps(trainer: Trainer) -> float:
-    """Optimizer steps of the whole run, or infinity."""
+    """Steps of the probed optimizer in the whole run, or infinity."""
     steps = float(trainer.estimated_stepping_batches)
+    if trainer.max_steps >= 0:  # those of all optimizers together
+        steps = min(steps, trainer.max_steps / max(len(trainer.optimizers), 1))
     return steps if steps >= 0 else math.inf  # -1: a stream of unknown length
+
+
+def steps_done(trainer: Trainer, module: LightningModule, stepped: bool = False) -> int:
+    """Optimizer steps so far, as the trainer's loggers count them.
+
+    ``global_step`` counts the steps of all optimizers. Where there may be several, under manual
+    optimisation, the trainer's loggers number their rows by batches.
+
+    Args:
+        trainer: that trains.
+        module: what it trains.
+        stepped: ask for this after a batch's training step, before the trainer counts the batch.
+    """
+    if module.automatic_optimization:
+        return int(trainer.global_step)
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + stepped
 
 
 def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None]) -> RemovableHandle:
@@ -116,50 +144,252 @@ def training_loader(trainer: Trainer) -> Any:
     return trainer.train_dataloader
 
 
-def refusal(trainer: Trainer, module: LightningModule) -> str:
-    """Why this training cannot be probed; "" where it can."""
+def refusal(trainer: Trainer, module: LightningModule, index: int = 0) -> str:
+    """Why this training cannot be probed; "" where it can.
+
+    Args:
+        trainer: about to train.
+        module: what it trains.
+        index: of the optimizer to probe.
+    """
     if getattr(trainer, "fast_dev_run", False):
         return "it stands aside in a fast_dev_run"
-    if not module.automatic_optimization:
-        return "manual optimisation is not supported yet"
-    if len(trainer.optimizers) != 1:
-        return f"expected one optimizer, found {len(trainer.optimizers)}"
-    if trainer.world_size > 1:
-        return f"training on {trainer.world_size} processes is not supported yet"
-    if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
+    optimizers = len(trainer.optimizers)
+    if module.automatic_optimization and optimizers != 1:
+        return f"expected one optimizer, found {optimizers}"
+    if index >= optimizers:
+        return f"expected `optimizer` to be one of {optimizers}, counted from 0, found {index}"
+    if trainer.world_size > 1 or _divides_weights(trainer):
+        strategy = type(trainer.strategy).__name__
+        if strategy != "DDPStrategy":
+            return (
+                f"training by {strategy} is not supported: each process must hold all weights, as under "
+                'strategy="ddp"'
+            )
+        if not module.automatic_optimization:
+            return "manual optimisation on several processes is not supported"
+    if isinstance(trainer.optimizers[index], torch.optim.LBFGS):
         return (
             "LBFGS evaluates the loss several times a step and searches along lines; no mode moves by itself"
         )
     if trainer.precision not in _PRECISIONS:
         return f"weights in precision {trainer.precision} are too coarse for second derivatives"
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        return "a training_step that takes a dataloader_iter is not supported yet"
     return ""
 
 
+def _divides_weights(trainer: Trainer) -> bool:
+    """The strategy keeps weights where the module's parameters do not show them."""
+    return type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def remarks(trainer: Trainer, module: LightningModule, index: int = 0) -> tuple[str, ...]:
+    """What the plan has to say of this kind of training, a sentence an item.
+
+    Args:
+        trainer: that trains.
+        module: what it trains.
+        index: of the probed optimizer.
+    """
+    if module.automatic_optimization:
+        return ()
+    line = (
+        f"Manual optimisation: the probed loss is what optimizer {index} ({_name(trainer, index)}) has been "
+        "given by manual_backward when it steps."
+    )
+    if len(trainer.optimizers) > 1:
+        others = ", ".join(f"{i} ({_name(trainer, i)})" for i in range(len(trainer.optimizers)) if i != index)
+        line += f" Its loss may move with the weights of the others: {others}."
+    return (line,)
+
+
+def _name(trainer: Trainer, index: int) -> str:
+    return type(trainer.optimizers[index]).__name__
+
+
+def draws_itself(module: LightningModule) -> bool:
+    """Whether the training step is handed the loader's iterator in place of a batch."""
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
+class DrawnBatches:
+    """Sees the batches of a training step that draws them itself, on their way to it.
+
+    Until the next training step is called, one of ours stands on the module in its place; it puts the
+    user's back at once and hands it the iterator that it was given, which calls back for each batch.
+
+    Args:
+        module: whose training step takes a ``dataloader_iter``.
+        drawn: called with the batch, its index, and how many the step has drawn before it.
+    """
+
+    def __init__(self, module: LightningModule, drawn: Callable[[Any, int, int], None]) -> None:
+        self._module = module
+        self._drawn = drawn
+        #: A copy of the first batch that was drawn, with its index.
+        self.first: tuple[Any, int] | None = None
+
+    def await_step(self) -> None:
+        """See what the next training step draws."""
+        self.release()
+        step = self._module.training_step
+
+        def training_step(dataloader_iter: Iterator[Any]) -> Any:
+            self.release()
+            return step(_Watched(dataloader_iter, self._see))
+
+        vars(self._module)["training_step"] = self._standing = training_step
+
+    def release(self) -> None:
+        """Put the user's training step back, if it is not there."""
+        own = vars(self._module)
+        if own.get("training_step") is not None and own["training_step"] is getattr(self, "_standing", None):
+            del own["training_step"]
+
+    def _see(self, batch: Any, index: int, before: int) -> None:
+        if self.first is None:
+            self.first = copy.deepcopy(batch), index
+        self._drawn(batch, index, before)
+
+
+class _Watched(Iterator[Any]):
+    """The loader's iterator, which tells of every batch that is drawn from it."""
+
+    def __init__(self, drawn_from: Iterator[Any], see: Callable[[Any, int, int], None]) -> None:
+        self._iterator = drawn_from
+        self._see = see
+        self._count = 0
+
+    def __next__(self) -> Any:
+        item = next(self._iterator)
+        batch, index, _ = item
+        self._see(batch, index, self._count)
+        self._count += 1
+        return item
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._iterator, name)
+
+
+class _OneBatch(Iterator[Any]):
+    """What Lightning would hand a training step that draws for itself, if the loader held one batch."""
+
+    def __init__(self, batch: Any, index: int) -> None:
+        self._left = [(batch, index, 0)]
+        self.length = 1
+
+    @property
+    def done(self) -> bool:
+        return not self._left
+
+    @property
+    def fetched(self) -> int:
+        return 1 - len(self._left)
+
+    def __next__(self) -> Any:
+        if not self._left:
+            raise CurvatureError(
+                "expected a training_step that draws one batch from its dataloader_iter, found it drawing "
+                "more: give the probe a loss_fn"
+            )
+        return self._left.pop()
+
+
 def training_loss(
-    trainer: Trainer, loss_fn: Callable[[Any, Any], Tensor] | None
+    trainer: Trainer, loss_fn: Callable[[Any, Any], Tensor] | None, index: int = 0
 ) -> Callable[[nn.Module, Any, int], Tensor]:
     """The user's own training step as a loss, with every way to log from it closed meanwhile.
 
     Args:
         trainer: the trainer that runs it.
         loss_fn: (module, batch) -> loss, instead of ``training_step``.
+        index: of the optimizer whose loss is meant, under manual optimisation.
     """
     plugin = trainer.precision_plugin
-    mixed = "mixed" in str(trainer.precision)
+    native = trainer.precision in ("32-true", "64-true")
 
-    def loss(module: nn.Module, batch: Any, index: int) -> Tensor:
-        # Second derivatives want full precision: an autocast forward would drown them in rounding.
-        precision = nullcontext() if mixed else plugin.forward_context()
-        with muted(trainer, module), precision:
+    def loss(module: nn.Module, batch: Any, batch_index: int) -> Tensor:
+        # Second derivatives want full precision: an autocast forward would drown them in rounding, and
+        # weights in half precision come as copies in float32.
+        precision = plugin.forward_context() if native else nullcontext()
+        dtype = nullcontext() if native else _shadowed(module, "_dtype", torch.float32)
+        with muted(trainer, module), precision, dtype:
             if loss_fn is not None:
                 return loss_fn(module, batch)
             step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
-            output = step(batch, index) if _takes_index(step) else step(batch)
-        return _loss_of(output)
+            given = _arguments(step, batch, batch_index)
+            if not module.automatic_optimization:
+                return _manual_loss(trainer, module, index, lambda: step(*given))
+            return _loss_of(step(*given))
 
     return loss
+
+
+def _arguments(step: Callable[..., Any], batch: Any, index: int) -> tuple[Any, ...]:
+    """What Lightning calls this training step with."""
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        return (_OneBatch(batch, index),)
+    return (batch, index) if _takes_index(step) else (batch,)
+
+
+class _Stepped(BaseException):
+    """Leaves a training step where the probed optimizer would step; no ``except Exception`` holds it."""
+
+
+def _manual_loss(trainer: Trainer, module: nn.Module, index: int, step: Callable[[], Any]) -> Tensor:
+    """What an optimizer is about to step on: all losses since its gradients were zeroed.
+
+    Nothing is stepped, no gradient is computed, and the training step ends there.
+
+    Raises:
+        CurvatureError: it does not step this optimizer, or without ``manual_backward``.
+    """
+    wrapped = trainer.strategy._lightning_optimizers
+    owed: list[Tensor] = []
+    toggled: list[Any] = []
+
+    def probed(optimizer: Any) -> bool:
+        return optimizer is wrapped[index] or optimizer is trainer.optimizers[index]
+
+    def manual_backward(loss: Tensor, *_: Any, **__: Any) -> None:
+        if not toggled or probed(toggled[-1]):
+            owed.append(loss)
+
+    def stepping(optimizer: Any) -> Callable[..., None]:
+        def step(closure: Callable[[], Any] | None = None, **_: Any) -> None:
+            if closure is not None:
+                closure()
+            if probed(optimizer):
+                raise _Stepped
+
+        return step
+
+    def zeroing(optimizer: Any) -> Callable[..., None]:
+        return lambda *_, **__: owed.clear() if probed(optimizer) else None
+
+    with ExitStack() as stack:
+        for optimizer in (*wrapped, *trainer.optimizers):
+            stack.enter_context(_shadowed(optimizer, "step", stepping(optimizer)))
+            stack.enter_context(_shadowed(optimizer, "zero_grad", zeroing(optimizer)))
+        for name, instead in (
+            ("manual_backward", manual_backward),
+            ("clip_gradients", _nothing),
+            ("toggle_optimizer", toggled.append),
+            ("untoggle_optimizer", lambda *_: toggled.clear()),
+        ):
+            stack.enter_context(_shadowed(module, name, instead))
+        try:
+            step()
+        except _Stepped:
+            if owed:
+                return torch.stack([loss.reshape(()) for loss in owed]).sum() if len(owed) > 1 else owed[0]
+            raise CurvatureError(
+                f"expected manual_backward before the step of optimizer {index}, found none: call it in "
+                "place of backward, or give the probe a loss_fn"
+            ) from None
+    raise CurvatureError(
+        f"expected a training_step that steps optimizer {index} on every batch, found a batch without: "
+        "choose another `optimizer`, or give the probe a loss_fn"
+    )
 
 
 @contextmanager
@@ -169,8 +399,13 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
         for name in ("log", "log_dict", "print"):
             stack.enter_context(_shadowed(module, name, _nothing))
         stack.enter_context(redirect_stdout(io.StringIO()))
-        # A step may ask the trainer to stop.
+        # A step may ask the trainer to stop, step a schedule or set a rate.
         stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
+        for configured in trainer.lr_scheduler_configs:
+            stack.enter_context(_shadowed(configured.scheduler, "step", _nothing))
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                stack.callback(group.update, dict(group))
         dummies = importlib.import_module(f"{_package(trainer)}.loggers.logger")
         loggers = trainer.loggers
         stack.callback(setattr, trainer, "loggers", loggers)
@@ -183,7 +418,8 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
         wandb = sys.modules.get("wandb")
         if wandb is not None and getattr(wandb, "run", None) is not None:
             stack.enter_context(_shadowed(wandb, "log", _nothing))
-            stack.enter_context(_shadowed(wandb.run, "log", _nothing))
+            for name in ("log", "_log"):  # wandb.watch takes the second
+                stack.enter_context(_shadowed(wandb.run, name, _nothing))
         yield
 
 
@@ -217,7 +453,7 @@ def _takes_index(step: Callable[..., Any]) -> bool:
 def _loss_of(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, dict) else output
     if loss is None:
-        raise CurvatureError("expected a loss from training_step, found None for a curvature batch")
+        raise NoLossError("expected a loss from training_step, found None for a curvature batch")
     if not isinstance(loss, Tensor):
         raise CurvatureError(f"expected a tensor from training_step, found {type(loss).__name__}")
     return loss

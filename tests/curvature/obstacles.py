@@ -192,6 +192,18 @@ class Tokens(nn.Module):
         return cast(Tensor, self.last(self.body(self.table(tokens)).mean(1)))
 
 
+class Shortened(nn.Module):
+    """An embedding whose rows are shortened to a largest norm, in place, where they are used."""
+
+    def __init__(self, max_norm: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8, max_norm=max_norm)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(self.table((x.abs() * 5).long() % 11).mean(1).tanh()))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()

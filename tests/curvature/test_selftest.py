@@ -51,6 +51,7 @@ ACCEPTED: dict[str, Case] = {
     "transformer layer": (ob.transformer, ob.cross_entropy),
     "embedding": (lambda: ob.Tokens(nn.Tanh()), ob.cross_entropy),
     "sparse embedding": (lambda: ob.Tokens(nn.Tanh(), sparse=True), ob.cross_entropy),
+    "embedding below its max_norm": (lambda: ob.Shortened(100.0), ob.cross_entropy),
     "label smoothing": (lambda: ob.mlp(nn.Tanh()), ob.label_smoothing),
     "weight decay in the loss": (lambda: ob.mlp(nn.Tanh()), ob.weight_decay),
     "own function": (lambda: ob.applied(ob.TwiceDifferentiable), ob.cross_entropy),
@@ -95,6 +96,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], LossFunction, str]] = {
         "spectral_norm in training mode",
     ),
     "straight through": (lambda: ob.applied(ob.StraightThrough), ob.cross_entropy, FIXED),
+    "embedding above its max_norm": (lambda: ob.Shortened(0.5), ob.cross_entropy, FIXED),
     "detached target": (ob.SoftTarget, ob.self_distillation, FIXED),
     "reentrant checkpointing": (
         lambda: ob.Checkpointed(reentrant=True),
@@ -303,3 +305,26 @@ def test_of_finite_differences_the_gradient_must_be_a_slope() -> None:
         )
         with pytest.raises(WrongHessianError, match="do not follow the slope of the loss"):
             self_test(operator, torch.Generator().manual_seed(0))
+
+
+def test_weights_in_half_precision_have_the_hessian_of_the_loss_in_float32() -> None:
+    for name in ("transformer layer", "batch norm"):
+        make, loss = ACCEPTED[name]
+        module = build(make).to(torch.bfloat16)
+        twin = copy.deepcopy(module).float()
+        inputs, labels = ob.content()
+        coarse = freeze([(inputs.to(torch.bfloat16), labels)])
+        fine = freeze([(inputs.to(torch.bfloat16).float(), labels)])
+        space = ParameterSpace.of(module)
+        with (
+            isolated(module),
+            HessianOperator(module, loss, coarse, space, dtype=torch.float32) as operator,
+            isolated(twin),
+            HessianOperator(twin, loss, fine, ParameterSpace.of(twin)) as expected,
+        ):
+            vector = random_unit(space.size, torch.empty(0), torch.Generator().manual_seed(1))
+            product = expected.matvec(vector)
+            assert norm(operator.matvec(vector) - product) < 1e-5 * norm(product)
+            assert PASSED.match(self_test(operator, torch.Generator().manual_seed(1)))
+        assert module.state_dict().keys() == twin.state_dict().keys()
+        assert all(p.dtype is torch.bfloat16 and p.grad is None for p in module.parameters())

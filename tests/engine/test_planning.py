@@ -21,6 +21,7 @@ from sgd_probe.engine.planning import (
     finding_products,
     gradients_per_batch,
     most_vectors,
+    turning_limit,
 )
 
 CURVATURES = st.lists(st.one_of(st.floats(-10, 1e4), st.just(math.inf)), max_size=10)
@@ -68,6 +69,18 @@ class TestWindowLength:
         plan = choose_window(ProbeConfig(), [1.0], [0.5, 0.0625, 0.02], 0.125, math.inf)
         assert plan.steps == 200
         assert plan.reason.endswith("; half of the flat directions stay flat for 128 steps only")
+
+    def test_a_subspace_that_turned_and_a_momentum_that_remembers(self) -> None:
+        # Overlap .8 -> .2 over 400 steps: halved in 200.
+        limit = turning_limit(0.8, 0.2, 400)
+        assert limit == pytest.approx(200)
+        assert turning_limit(0.8, 0.8, 400) == turning_limit(0.8, math.nan, 400) == math.inf
+        assert choose_window(ProbeConfig(), [0.2], [], 0.1, math.inf).steps == 1250
+        cut = choose_window(ProbeConfig(), [0.2], [], 0.1, math.inf, limit)
+        assert cut.steps == 200 and "half of the stiff subspace turns" in cut.reason
+        assert choose_window(ProbeConfig(), [0.2], [], 0.1, math.inf, 30).steps == 100
+        assert choose_window(ProbeConfig(), [0.2], [], 0.1, math.inf, 30, momentum=0.95).steps == 400
+        assert choose_window(ProbeConfig(), [9.0], [], 0.1, math.inf, momentum=0.99).steps == 2000
 
     def test_a_learning_rate_of_zero_is_no_division_by_zero(self) -> None:
         plan = choose_window(ProbeConfig(), [1.0], [0.1], 0.0, math.inf)

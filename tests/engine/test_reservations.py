@@ -123,11 +123,12 @@ def test_a_start_far_from_a_critical_point() -> None:
 
 def test_shares_that_only_stretch_rows() -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2, bias=False)).double()
+    one, two = nn.Linear(5, 3).double(), nn.Linear(3, 2, bias=False).double()
+    module = nn.Sequential(one, two)
     space = ParameterSpace.of(module)
     first = space.slices[0]
     stretch = torch.zeros(space.size, dtype=torch.float64)
-    stretch[first] = (module[0].weight * torch.tensor([[1.0], [-2.0], [0.5]])).detach().flatten()
+    stretch[first] = (one.weight * torch.tensor([[1.0], [-2.0], [0.5]])).detach().flatten()
     bias = torch.zeros_like(stretch)
     bias[space.slices[1]] = 1.0
     across = torch.randn(space.size, dtype=torch.float64)
@@ -136,10 +137,10 @@ def test_shares_that_only_stretch_rows() -> None:
     assert found[:2] == pytest.approx((1, 0))
     dense = torch.zeros(5, space.size, dtype=torch.float64)
     for row in range(3):
-        dense[row, first] = torch.nn.functional.pad(module[0].weight[row].detach(), (5 * row, 10 - 5 * row))
+        dense[row, first] = torch.nn.functional.pad(one.weight[row].detach(), (5 * row, 10 - 5 * row))
     for row in range(2):
         place = space.slices[2].start + 3 * row
-        dense[3 + row, place : place + 3] = module[1].weight[row].detach()
+        dense[3 + row, place : place + 3] = two.weight[row].detach()
     dense = dense / dense.norm(dim=1, keepdim=True)
     assert found[2] == pytest.approx(float((dense @ rows[2]).square().sum()))
     # In y = S^-1 theta the weights are theta / S.
