@@ -273,7 +273,9 @@ def _measurement(result: WindowResult) -> str:
     found, cost = result.curvature, result.cost
     facts = {
         "Optimizer": result.optimizer,
+        "Displacements": f"in {result.coordinates}",
         "Sampling": result.sampling,
+        "Length": result.plan or "unknown",
         "Learning rate": number(result.learning_rate),
         "Effective learning rate": number(result.effective_learning_rate),
         "Clocks": f"Ση = {number(result.confinement_clock)}, Ση² = {number(result.diffusion_clock)}",
@@ -283,6 +285,10 @@ def _measurement(result: WindowResult) -> str:
         "Hessian-vector products": str(found.products),
         "Solver": found.message,
         "Self-test of the Hessian": found.self_test,
+        "Stiff subspace": (
+            f"overlap with its image under the held-out Hessian {number(found.held_out_overlap, 2)}, at the "
+            f"window's end {number(found.end_overlap, 2)}"
+        ),
         "Largest |vᵢ·vⱼ|": number(found.orthogonality, 2),
         "Pauses": f"{number(cost.open_seconds)} s to open, {number(cost.close_seconds)} s to close",
         "Reading the steps": f"{number(cost.observe_seconds)} s",

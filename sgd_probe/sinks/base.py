@@ -63,6 +63,9 @@ def scalars(result: WindowResult, name: str = "sgd_probe") -> dict[str, float]:
         f"{name}/window/index": result.index,
         f"{name}/window/steps": result.steps,
         f"{name}/window/warnings": len(result.warnings),
+        f"{name}/window/undermined": sum(mode.undermined for mode in result.modes),
+        f"{name}/window/held_out_overlap": result.curvature.held_out_overlap,
+        f"{name}/window/end_overlap": result.curvature.end_overlap,
         f"{name}/window/expected_false_flags": result.expected_false_flags,
         f"{name}/window/products": result.curvature.products,
         f"{name}/cost/window_seconds": (
