@@ -54,8 +54,8 @@ class ProbeConfig:
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
-            batches) in the trainer's checkpoints, so that a resumed run goes on with it; else it is lost
-            and the next one opens when it is due.
+            batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
+            on several processes, it is lost and the next one opens when it is due.
 
     Raises:
         ValueError: a knob is out of range; the message names it, the value and the range.

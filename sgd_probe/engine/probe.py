@@ -203,7 +203,8 @@ class ProbeEngine:
             "pool": [],
             "collecting": False,
         }
-        if self.config.checkpoint_window:
+        # The first process writes for all, and has batches of its own only.
+        if self.config.checkpoint_window and self._processes is None:
             try:
                 state["pool"] = [pack(batch) for batch in self._pool]
                 state["collecting"] = self._collecting

@@ -183,6 +183,7 @@ class SGDProbe(Callback):
         self._failed = False
         self._draws: DrawnBatches | None = None
         self._restored: dict[str, Any] = {}
+        self._last_state: dict[str, Any] = {}
         self._folder: Path | None = None
         self._planned = False
         self._without_loss = 0
@@ -197,7 +198,7 @@ class SGDProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the training, and stand aside from one that cannot be probed."""
         self._switch_off()
-        self.results = []
+        self.results, self._last_state = [], {}
         # Published even where the probe stands aside: a monitor whose key is missing would raise.
         self._metrics = CallbackMetricsSink(trainer)
         self._metrics.publish(verdict_counts({}, self.name))
@@ -212,7 +213,7 @@ class SGDProbe(Callback):
         """For the trainer's checkpoint: when windows open, and on request the open one."""
         engine = self._engine
         if not self._on or self._failed or engine is None:
-            return dict(self._restored)
+            return dict(self._last_state)
         try:
             folder = "" if self._folder is None else str(self._folder)
             return {**engine.state_dict(), "folder": folder}
@@ -329,7 +330,7 @@ class SGDProbe(Callback):
     def _open(self, trainer: Trainer, engine: ProbeEngine, step: int) -> None:
         if engine.window_seconds > _LONG_PAUSE:
             announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
-            with progress_bar(engine.expected_products) as engine.on_product:
+            with progress_bar(trainer, engine.expected_products) as engine.on_product:
                 basis = engine.open_window(step)
             engine.on_product = None
         else:
@@ -394,6 +395,8 @@ class SGDProbe(Callback):
         if self._on and self._processes is not None:
             self._failed = bool(self._processes.largest([float(self._failed)])[0])
         self._close_at_end(trainer)
+        # A checkpoint of the finished run may be written yet.
+        self._last_state = self.state_dict()
         self._switch_off()
 
     @_guarded

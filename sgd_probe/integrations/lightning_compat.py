@@ -89,11 +89,12 @@ def announce(trainer: Trainer, message: str) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar below the trainer's own, for a long pause; it is gone afterwards."""
+def progress_bar(trainer: Trainer, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar below the trainer's own, for a long pause; it is gone afterwards, and not there if that is not."""
     from tqdm import tqdm  # a dependency of Lightning's
 
-    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False) as bar:
+    wanted = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False, disable=not wanted) as bar:
 
         def show(done: int) -> None:
             bar.update(done - bar.n)

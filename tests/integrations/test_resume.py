@@ -161,6 +161,24 @@ def test_checkpoints_open_without_the_probe_and_the_other_way_round(tmp_path: Pa
         assert torch.equal(mine, other)
 
 
+def test_a_finished_run_is_taken_up_where_it_ended(tmp_path: Path) -> None:
+    first = probe(tmp_path)
+    run = trainer(tmp_path, 5, first)
+    run.fit(Classifier(), loader())
+    # The fit's end has cut the second window short.
+    assert [w.index for w in first.results] == [0] or [w.index for w in first.results] == [0, 1]
+    checkpoint = tmp_path / "end.ckpt"
+    run.save_checkpoint(checkpoint)
+    later = probe(tmp_path)
+    trainer(tmp_path, 10, later).fit(Classifier(), loader(), ckpt_path=checkpoint)
+    _, windows, note = read_run(tmp_path / "run")
+    assert not note and [w.index for w in windows] == list(range(len(windows)))
+    assert len(windows) == len(first.results) + len(later.results) > len(first.results)
+    # A second fit of the same probe without a checkpoint is a run of its own.
+    trainer(tmp_path, 5, later).fit(Classifier(), loader())
+    assert later.results[0].index == 0 and (tmp_path / "run_1").exists()
+
+
 def test_a_state_of_other_weights_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = interrupted(tmp_path / "with", 5, checkpoint_window=True)
     other = SGDProbe(
