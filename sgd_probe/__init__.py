@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sgd_probe.engine.config import ProbeConfig
     from sgd_probe.integrations.lightning import SGDProbe
+    from sgd_probe.integrations.loop import LoopProbe
     from sgd_probe.result import (
         CostResult,
         CurvatureResult,
@@ -29,6 +30,7 @@ __all__ = [
     "CurvatureResult",
     "Interval",
     "LagPoint",
+    "LoopProbe",
     "ModeKind",
     "ModeResult",
     "ProbeConfig",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LoopProbe": "sgd_probe.integrations.loop",
     "ProbeConfig": "sgd_probe.engine.config",
     "SGDProbe": "sgd_probe.integrations.lightning",
 }

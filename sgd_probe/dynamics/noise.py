@@ -26,6 +26,8 @@ def chi_square_interval(mean_square: float, freedom: float) -> Interval:
     if not (freedom > 0 and math.isfinite(mean_square)):
         return Interval(mean_square, math.nan, math.nan)
     low, high = (float(quantile) for quantile in chi2.ppf(_TAILS, freedom))
+    if not low > 0:  # so little freedom that nothing bounds it from above
+        return Interval(mean_square, math.nan, math.nan)
     return Interval(mean_square, mean_square * freedom / high, mean_square * freedom / low)
 
 

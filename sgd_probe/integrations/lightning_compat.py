@@ -90,7 +90,7 @@ def announce(trainer: Trainer, message: str) -> None:
 
 @contextmanager
 def progress_bar(trainer: Trainer, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar below the trainer's own, for a long pause; it is gone afterwards, and not there if that is not."""
+    """A bar below the trainer's own, for a long pause; gone afterwards, and not there if that is not."""
     from tqdm import tqdm  # a dependency of Lightning's
 
     wanted = trainer.is_global_zero and trainer.progress_bar_callback is not None

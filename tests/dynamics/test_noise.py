@@ -115,3 +115,9 @@ class TestCancellation:
         still = Shuffled(relaxation_times=0, steps=100, batches=10, replicas=3, fresh=1.0).statistics()
         zeros: dict[str, Any] = {name: np.zeros(3) for name in ("sum_g", "sum_gg", "sum_xg", "sum_tg")}
         assert epoch_cancellation(dataclasses.replace(still, **zeros)) is None
+
+
+def test_noise_without_any_freedom_has_no_interval() -> None:
+    """A gradient that never changes but for rounding: an enormous kurtosis, next to no degree of freedom."""
+    found = noise_variance(1e-30, 400, 1e17)
+    assert found.value == 1e-30 and math.isnan(found.low) and math.isnan(found.high)

@@ -1,0 +1,120 @@
+"""The probe in a Hugging Face Trainer: a tiny GPT-2 learns to count in threes, with AdamW.
+
+It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
+prints the modes of the last window, and writes a report. Offline, on a processor; nothing is downloaded.
+
+    pip install "sgd-probe[huggingface]"
+    python examples/huggingface.py            # about a minute
+    python examples/huggingface.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from sgd_probe import ModeKind, WindowResult
+from sgd_probe.demo import describe
+from sgd_probe.integrations.huggingface import SGDProbeCallback
+
+LETTERS, LENGTH = 24, 12
+
+
+def sequences() -> list[dict[str, Any]]:
+    """Counting in threes from anywhere, with one letter in eight wrong: there is noise that stays."""
+    draws = torch.Generator().manual_seed(1)
+    starts = torch.randint(LETTERS, (512, 1), generator=draws)
+    right = (starts + 3 * torch.arange(LENGTH)) % LETTERS
+    wrong = torch.randint(LETTERS, right.shape, generator=draws)
+    ids = torch.where(torch.rand(right.shape, generator=draws) < 1 / 8, wrong, right)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def train(steps: int, window: int, output: Path, probed: bool) -> tuple[Trainer, list[WindowResult]]:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=LETTERS,
+            n_positions=LENGTH,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output),
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=100,
+            disable_tqdm=True,
+            log_level="error",
+        ),
+        train_dataset=sequences(),
+    )
+    if not probed:
+        trainer.train()
+        return trainer, []
+    probe = SGDProbeCallback.attach(
+        trainer, top=6, flat=2, window=window, every_n_steps=window + 50, curvature_batches=4
+    )
+    trainer.train()
+    return trainer, probe.results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
+    parser.add_argument(
+        "--output", default="huggingface_run", type=Path, help="folder of the results (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+    steps, window = (480, 200) if arguments.quick else (1300, 600)
+
+    without, _ = train(steps, window, arguments.output, probed=False)
+    trainer, results = train(steps, window, arguments.output, probed=True)
+
+    last = results[-1]
+    print(describe(last))
+    for mine, its in zip(without.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    print("\nThe weights are those of a training without the probe, bit for bit.")
+
+    stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
+    assert last.curvature.self_test.startswith("passed")
+    assert last.coordinates == "weights in AdamW's preconditioned coordinates"
+    assert all(mode.residual < 0.02 for mode in stiff)
+    assert last.index >= 1 and last.complete and last.steps == window
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    print(f"Training loss {losses[0]:.3f} -> {losses[-1]:.3f}.")
+    print(f"Self-test of the Hessian {last.curvature.self_test}.")
+    reports = sorted(arguments.output.glob("sgd_probe_run*/report.html"), key=_age)
+    assert reports
+    print(f"Report: {reports[-1]}")
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+if __name__ == "__main__":
+    main()

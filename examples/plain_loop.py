@@ -1,0 +1,124 @@
+"""The probe in a plain PyTorch loop: a small network learns blobs, with SGD and a loader with replacement.
+
+It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
+prints the modes of the last window, and writes a report. Offline, on a processor.
+
+    python examples/plain_loop.py            # about a minute
+    python examples/plain_loop.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
+from sgd_probe.demo import describe
+
+BATCH_SIZE, EPOCH = 32, 100  # minibatches in what the loop calls an epoch
+
+
+def make_loader() -> DataLoader[Any]:
+    """Four overlapping blobs of ten numbers."""
+    draws = torch.Generator().manual_seed(1)
+    labels = torch.randint(4, (1024,), generator=draws)
+    inputs = torch.randn((4, 10), generator=draws)[labels] + torch.randn((1024, 10), generator=draws)
+    data = TensorDataset(inputs, labels)
+    sampler = RandomSampler(data, replacement=True, num_samples=EPOCH * BATCH_SIZE)
+    return DataLoader(data, batch_size=BATCH_SIZE, sampler=sampler)
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
+
+
+def train(epochs: int, window: int, run_dir: Path | None) -> tuple[nn.Module, list[WindowResult]]:
+    """Half of it with momentum, the rest of plain SGD, which the probe watches where it has a folder."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 4))
+    loader = make_loader()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+    def epoch(batches: Any) -> None:
+        for batch in batches:
+            loss = loss_fn(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(epochs // 2):
+        epoch(loader)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    left = epochs - epochs // 2
+    if run_dir is None:
+        for _ in range(left):
+            epoch(loader)
+        return model, []
+    with LoopProbe(
+        model,
+        optimizer,
+        loss_fn,
+        planned_steps=left * EPOCH,
+        top=8,
+        flat=4,
+        window=window,
+        every_n_steps=window + 500,
+        curvature_batches=8,
+        run_dir=run_dir,
+    ) as probe:
+        for _ in range(left):
+            epoch(probe.watch(loader))
+    return model, probe.results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
+    parser.add_argument(
+        "--output", default="plain_loop_run", type=Path, help="folder of the results (%(default)s)"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+    epochs, window = (20, 800) if arguments.quick else (80, 1500)
+
+    without, _ = train(epochs, window, None)
+    model, results = train(epochs, window, arguments.output)
+
+    print(describe(results[-1]))
+    for mine, its in zip(without.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, its)
+    print("\nThe weights are those of a training without the probe, bit for bit.")
+
+    last = results[-1]
+    stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
+    assert last.curvature.self_test.startswith("passed")
+    assert all(mode.residual < 0.02 for mode in stiff)
+    confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
+    assert len(confined) >= 4
+    # The slope of the used gradients knows nothing of the Hessian, and finds its eigenvalue.
+    assert 0.6 < stiff[0].measured_curvature.value / stiff[0].held_out_eigenvalue < 1.6
+    print(
+        f"{len(confined)} of {len(stiff)} stiff modes are confined. The stiffest has curvature "
+        f"{stiff[0].held_out_eigenvalue:.3g} by the Hessian, {stiff[0].measured_curvature.value:.3g} by its "
+        "motion."
+    )
+    reports = sorted(arguments.output.parent.glob(f"{arguments.output.name}*/report.html"), key=_age)
+    assert reports
+    print(f"Report: {reports[-1]}")
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+if __name__ == "__main__":
+    main()
