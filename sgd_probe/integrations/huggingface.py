@@ -15,17 +15,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sgd_probe.engine import CurvatureError, ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.integrations.muting import active_wandb_run, nothing, shadowed, silenced
 from sgd_probe.integrations.session import (
     ActiveRun,
     CallbackSink,
     Host,
     ProbeSession,
-    active_wandb_run,
     inner_optimizer,
-    muted,
-    nothing,
     refusal,
-    shadowed,
     with_overrides,
 )
 from sgd_probe.result import WindowResult
@@ -313,7 +310,7 @@ def _training_loss(
 
     def loss(model: nn.Module, batch: Given, _: int) -> Tensor:
         with (
-            muted(),
+            silenced(),
             _unchanged(trainer),
             shadowed(trainer, "log", nothing),
             _without_autocast(model),

@@ -41,6 +41,7 @@ from sgd_probe.integrations.lightning_compat import (
     training_loader,
     training_loss,
 )
+from sgd_probe.integrations.session import LONG_PAUSE, MIN_STEPS_AT_END, one_line
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
 from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
@@ -51,12 +52,8 @@ from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
 log = logging.getLogger("sgd_probe")
 
 _P = ParamSpec("_P")
-#: A window that the end of the fit cuts short is worth closing from here on.
-_MIN_STEPS_AT_END = 40
 #: Batches for which a training step may give no loss before the probe has seen one.
 _MOST_WITHOUT_LOSS = 10
-#: Pauses longer than this many seconds are announced.
-_LONG_PAUSE = 5.0
 
 
 def _guarded(
@@ -209,8 +206,19 @@ class SGDProbe(Callback):
         self._on = True
         self._start(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For the trainer's checkpoint: when windows open, and on request the open one."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add when windows open, and on request the open one.
+
+        Not by ``state_dict``: trainers refuse two callbacks that have one and share a key, where a second
+        probe of the same name should only stand aside.
+        """
+        state = self._state()
+        if state and "callbacks" in checkpoint:
+            checkpoint["callbacks"][self.state_key] = state
+
+    def _state(self) -> dict[str, Any]:
         engine = self._engine
         if not self._on or self._failed or engine is None:
             return dict(self._last_state)
@@ -328,7 +336,7 @@ class SGDProbe(Callback):
             self._draws.await_step()
 
     def _open(self, trainer: Trainer, engine: ProbeEngine, step: int) -> None:
-        if engine.window_seconds > _LONG_PAUSE:
+        if engine.window_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
             with progress_bar(trainer, engine.expected_products) as engine.on_product:
                 basis = engine.open_window(step)
@@ -396,13 +404,13 @@ class SGDProbe(Callback):
             self._failed = bool(self._processes.largest([float(self._failed)])[0])
         self._close_at_end(trainer)
         # A checkpoint of the finished run may be written yet.
-        self._last_state = self.state_dict()
+        self._last_state = self._state()
         self._switch_off()
 
     @_guarded
     def _close_at_end(self, trainer: Trainer) -> None:
         assert self._engine is not None
-        if self._engine.observed_steps >= _MIN_STEPS_AT_END:
+        if self._engine.observed_steps >= MIN_STEPS_AT_END:
             self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -420,8 +428,8 @@ class SGDProbe(Callback):
             return
         result, vectors = closed
         self.results.append(result)
-        if len(self.results) == 1 or result.cost.open_seconds > _LONG_PAUSE:
-            announce(trainer, f"sgd_probe: {_one_line(result)}")
+        if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
+            announce(trainer, f"sgd_probe: {one_line(result)}")
         kept = {}
         if self.config.save_vectors and 4 * vectors.numel() <= self.config.max_vector_bytes:
             rows = vectors.float().cpu().numpy()
@@ -479,11 +487,3 @@ class SGDProbe(Callback):
             self._draws = None
         sinks, self._sinks, self._metrics = self._sinks, SinkGroup([]), None
         sinks.finish()
-
-
-def _one_line(result: WindowResult) -> str:
-    counts = ", ".join(f"{count} {verdict.value}" for verdict, count in result.counts().items() if count)
-    return (
-        f"window {result.index} (steps {result.opened_at_step} to {result.closed_at_step}): {counts}; "
-        f"lambda_max {result.curvature.lambda_max:.3g}"
-    )

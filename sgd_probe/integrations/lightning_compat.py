@@ -6,11 +6,10 @@ import copy
 import importlib
 import importlib.util
 import inspect
-import io
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sgd_probe.engine import CurvatureError
+from sgd_probe.integrations.muting import nothing, shadowed, silenced
 
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -312,7 +312,7 @@ def training_loss(
         # Second derivatives want full precision: an autocast forward would drown them in rounding, and
         # weights in half precision come as copies in float32.
         precision = plugin.forward_context() if native else nullcontext()
-        dtype = nullcontext() if native else _shadowed(module, "_dtype", torch.float32)
+        dtype = nullcontext() if native else shadowed(module, "_dtype", torch.float32)
         with muted(trainer, module), precision, dtype:
             if loss_fn is not None:
                 return loss_fn(module, batch)
@@ -369,15 +369,15 @@ def _manual_loss(trainer: Trainer, module: nn.Module, index: int, step: Callable
 
     with ExitStack() as stack:
         for optimizer in (*wrapped, *trainer.optimizers):
-            stack.enter_context(_shadowed(optimizer, "step", stepping(optimizer)))
-            stack.enter_context(_shadowed(optimizer, "zero_grad", zeroing(optimizer)))
+            stack.enter_context(shadowed(optimizer, "step", stepping(optimizer)))
+            stack.enter_context(shadowed(optimizer, "zero_grad", zeroing(optimizer)))
         for name, instead in (
             ("manual_backward", manual_backward),
-            ("clip_gradients", _nothing),
+            ("clip_gradients", nothing),
             ("toggle_optimizer", toggled.append),
             ("untoggle_optimizer", lambda *_: toggled.clear()),
         ):
-            stack.enter_context(_shadowed(module, name, instead))
+            stack.enter_context(shadowed(module, name, instead))
         try:
             step()
         except _Stepped:
@@ -398,12 +398,12 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
     """Close every usual way in which a training step logs or prints."""
     with ExitStack() as stack:
         for name in ("log", "log_dict", "print"):
-            stack.enter_context(_shadowed(module, name, _nothing))
-        stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(shadowed(module, name, nothing))
+        stack.enter_context(silenced())
         # A step may ask the trainer to stop, step a schedule or set a rate.
         stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
         for configured in trainer.lr_scheduler_configs:
-            stack.enter_context(_shadowed(configured.scheduler, "step", _nothing))
+            stack.enter_context(shadowed(configured.scheduler, "step", nothing))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 stack.callback(group.update, dict(group))
@@ -414,34 +414,8 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
         writers = [writer for lg in loggers if (writer := getattr(lg, "_experiment", None)) is not None]
         for name, value in list(vars(module).items()):
             if any(value is writer for writer in writers):
-                stack.enter_context(_shadowed(module, name, dummies.DummyExperiment()))
-        # Those who call wandb by itself; whoever has not imported it cannot.
-        wandb = sys.modules.get("wandb")
-        if wandb is not None and getattr(wandb, "run", None) is not None:
-            stack.enter_context(_shadowed(wandb, "log", _nothing))
-            for name in ("log", "_log"):  # wandb.watch takes the second
-                stack.enter_context(_shadowed(wandb.run, name, _nothing))
+                stack.enter_context(shadowed(module, name, dummies.DummyExperiment()))
         yield
-
-
-@contextmanager
-def _shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Shadow an attribute on the instance for a while."""
-    own = vars(owner)
-    missing = name not in own
-    before = own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            own.pop(name, None)
-        else:
-            own[name] = before
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Log nothing."""
 
 
 def _takes_index(step: Callable[..., Any]) -> bool:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.integrations.muting import active_wandb_run, silenced
 from sgd_probe.integrations.session import (
     ActiveRun,
     CallbackSink,
     Host,
     ProbeSession,
-    active_wandb_run,
     inner_optimizer,
-    muted,
     refusal,
     with_overrides,
 )
@@ -225,7 +224,7 @@ class LoopProbe:
     def _loss(self, model: nn.Module, batch: Any, _: int) -> Tensor:
         for module, training in self._modes:
             module.training = training
-        with muted():
+        with silenced():
             return self._loss_fn(model, batch)
 
     def _make_sinks(self) -> list[Sink]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import io
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
 
@@ -316,11 +315,6 @@ class ActiveRun:
     experiment: Any
 
 
-def active_wandb_run() -> Any | None:
-    """The W&B run of this process, if there is one; whoever has not imported wandb has none."""
-    return getattr(sys.modules.get("wandb"), "run", None)
-
-
 def with_overrides(config: ProbeConfig | None, **given: Any) -> ProbeConfig:
     """A configuration with those knobs in place that are given (not None).
 
@@ -363,39 +357,6 @@ def refusal(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     if coarse:
         return f"weights in {coarse[0].removeprefix('torch.')} are too coarse for second derivatives"
     return ""
-
-
-@contextmanager
-def muted() -> Iterator[None]:
-    """Close the ways in which any loss prints or logs: standard output, and a W&B run."""
-    with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(io.StringIO()))
-        run = active_wandb_run()
-        if run is not None:
-            stack.enter_context(shadowed(sys.modules["wandb"], "log", nothing))
-            for name in ("log", "_log"):  # wandb.watch takes the second
-                stack.enter_context(shadowed(run, name, nothing))
-        yield
-
-
-@contextmanager
-def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Shadow an attribute on the instance for a while."""
-    own = vars(owner)
-    missing = name not in own
-    before = own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if missing:
-            own.pop(name, None)
-        else:
-            own[name] = before
-
-
-def nothing(*_: Any, **__: Any) -> None:
-    """Do nothing."""
 
 
 def one_line(result: WindowResult) -> str:
