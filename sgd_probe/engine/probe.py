@@ -748,12 +748,13 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
     factors = optimizer.decay_factors
     if not any(factors):
         return (0.0,) * len(basis.modes)
-    squares = basis.vectors.double().square()
-    if optimizer.decay_is_preconditioned and space.scaling is not None:
-        squares *= space.scaling.double().square()
-    shares = torch.stack([squares[:, where].sum(1) for where in space.slices])
-    weights = torch.tensor(factors, dtype=torch.float64, device=shares.device)
-    return tuple((weights @ shares).tolist())
+    scaling = space.scaling if optimizer.decay_is_preconditioned else None
+    shares = []
+    for where in space.slices:  # one at a time: the whole basis in float64 would be as much as two of it
+        rows = basis.vectors[:, where].double()
+        shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
+    weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
+    return tuple((weights @ torch.stack(shares)).tolist())
 
 
 def _difference_note(*operators: HessianOperator) -> str:

@@ -177,8 +177,8 @@ class Window:
             return ()
         now = self.space.scaled(scales).scaling
         assert now is not None
-        ratio = now.div_(self.space.scaling).square_()
-        return tuple((self.basis.vectors.square() @ ratio.to(self.basis.vectors)).tolist())
+        ratio = now.div_(self.space.scaling).square_().to(self.basis.vectors)
+        return tuple(float(vector.square() @ ratio) for vector in self.basis.vectors)
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types from which :meth:`resumed` goes on.

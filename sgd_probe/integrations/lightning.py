@@ -41,7 +41,13 @@ from sgd_probe.integrations.lightning_compat import (
     training_loader,
     training_loss,
 )
-from sgd_probe.integrations.session import LONG_PAUSE, MIN_STEPS_AT_END, one_line
+from sgd_probe.integrations.session import (
+    LONG_PAUSE,
+    MIN_STEPS_AT_END,
+    named_vectors,
+    one_line,
+    with_overrides,
+)
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
 from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
@@ -137,18 +143,16 @@ class SGDProbe(Callback):
         config: ProbeConfig | None = None,
     ) -> None:
         super().__init__()
-        given: dict[str, Any] = {
-            "top": top,
-            "flat": flat,
-            "window": window,
-            "max_overhead": max_overhead,
-            "every_n_steps": every_n_steps,
-            "curvature_batches": curvature_batches,
-            "max_basis_bytes": max_basis_bytes,
-        }
         try:
-            self.config = dataclasses.replace(
-                config or ProbeConfig(), **{key: value for key, value in given.items() if value is not None}
+            self.config = with_overrides(
+                config,
+                top=top,
+                flat=flat,
+                window=window,
+                max_overhead=max_overhead,
+                every_n_steps=every_n_steps,
+                curvature_batches=curvature_batches,
+                max_basis_bytes=max_basis_bytes,
             )
         except ValueError as error:
             raise MisconfigurationException(f"SGDProbe: {error}") from error
@@ -430,11 +434,7 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
-        kept = {}
-        if self.config.save_vectors and 4 * vectors.numel() <= self.config.max_vector_bytes:
-            rows = vectors.float().cpu().numpy()
-            kept = {mode.name: row for mode, row in zip(result.modes, rows, strict=True)}
-        self._sinks.write(result, kept)
+        self._sinks.write(result, named_vectors(self.config, result, vectors))
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sgd_probe.engine import ProbeConfig, ProbeEngine, duration
@@ -259,11 +259,7 @@ class ProbeSession:
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._host.announce(f"sgd_probe: {one_line(result)}")
-        kept = {}
-        if self._config.save_vectors and 4 * vectors.numel() <= self._config.max_vector_bytes:
-            rows = vectors.float().cpu().numpy()
-            kept = {mode.name: row for mode, row in zip(result.modes, rows, strict=True)}
-        self._sinks.write(result, kept)
+        self._sinks.write(result, named_vectors(self._config, result, vectors))
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))
@@ -313,6 +309,14 @@ class ActiveRun:
     """
 
     experiment: Any
+
+
+def named_vectors(config: ProbeConfig, result: WindowResult, vectors: Tensor) -> Vectors:
+    """The directions of a window by the names of its modes; none where they are not to be stored."""
+    if not config.save_vectors or 4 * vectors.numel() > config.max_vector_bytes:
+        return {}
+    rows = vectors.float().cpu().numpy()
+    return {mode.name: row for mode, row in zip(result.modes, rows, strict=True)}
 
 
 def with_overrides(config: ProbeConfig | None, **given: Any) -> ProbeConfig:
