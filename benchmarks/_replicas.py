@@ -53,6 +53,11 @@ class Truth:
     pull: float = 0.0
 
     @property
+    def independent_gaussian(self) -> Truth:
+        """The same mode and optimizer with Gaussian noise, independent and steady, and nothing else."""
+        return Truth(kappa=self.kappa, steps=self.steps, momentum=self.momentum, cosine=self.cosine)
+
+    @property
     def rates(self) -> Array:
         """Learning rate of each step."""
         if self.cosine:

@@ -46,6 +46,8 @@ MIN_EQUAL_STEPS = 20
 MIN_MEMORIES = 10
 #: From so many memories on the rule's rates are those without momentum; below, "confined" asks for more.
 FULL_MEMORIES = 30
+#: t-statistic of the slope down to which a flat mode may seem to be pushed outwards.
+OUTWARD = -0.3
 #: Log likelihood that correlated noise costs the hypothesis that is to be refuted, and the one that is to be
 #: accepted. The latter has a share over the number of steps: a short window can take correlated noise for a
 #: restoring force, and hide a force behind it.
@@ -82,6 +84,7 @@ class Evidence:
         slope_error: its standard error.
         needed: log evidence that "confined" asks for in this window.
         needed_flat: log evidence against confinement that "diffusive" asks for.
+        outward: t-statistic of the slope below which it asks for a gradient that does not push outwards.
         noise_correlation: of successive steps, taken out before weighing.
         fading: noise variance in the last part of the window over that in the first, where parts differ
             significantly; else 1.
@@ -101,6 +104,7 @@ class Evidence:
     slope_error: float
     needed: float = NEEDED
     needed_flat: float = NEEDED_FLAT
+    outward: float = OUTWARD
     noise_correlation: float = 0.0
     fading: float = 1.0
     free_share: float = 1.0
@@ -122,7 +126,7 @@ def too_short(statistics: WindowStatistics, momentum: float = 0.0) -> str:
             "the learning rate changed so much that the window counts no more than "
             f"{statistics.equal_steps:.0f} equal steps, {MIN_EQUAL_STEPS} are needed"
         )
-    memories = statistics.equal_steps * (1 - momentum)
+    memories = statistics.steps * (1 - momentum)
     if momentum and memories < MIN_MEMORIES * (1 - 1e-9):
         return (
             f"the window is too short for this momentum: {memories:.0f} times as long as it remembers, "
@@ -165,7 +169,7 @@ def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
         drift = np.abs(moved) / np.sqrt(long_run * reach)
         beyond = _correlated_beyond(statistics, white, correlation, level)
         curvature, error = _unbiased(slope, statistics)
-    units, (needed, needed_flat) = statistics.noise_units, _needed(statistics, momentum)
+    units, (needed, needed_flat, outward) = statistics.noise_units, _needed(statistics, momentum)
     share = float(statistics.displacement_clock * units / statistics.diffusion_clock)
     pace = moved / statistics.confinement_clock
     window = too_short(statistics, momentum) or _not_as_declared(statistics)
@@ -188,6 +192,7 @@ def weigh(statistics: WindowStatistics, momentum: float) -> list[Evidence]:
                 slope_error=float(slope.standard_error[k]),
                 needed=needed + uneven,
                 needed_flat=needed_flat,
+                outward=outward,
                 noise_correlation=float(correlation[k]),
                 fading=float(parts.fading[k]),
                 free_share=share,
@@ -347,22 +352,25 @@ def _likelihood(sums: _Sums, curvature: Array, width: float | None, steps: int, 
     return np.asarray(-steps / 2 * np.log(square) + 0.5 * np.log1p(-(phi**2)) + penalty)
 
 
-def _needed(statistics: WindowStatistics, momentum: float) -> tuple[float, float]:
-    """Log evidence that "confined" and "diffusive" ask for.
+def _needed(statistics: WindowStatistics, momentum: float) -> tuple[float, float, float]:
+    """Log evidence that "confined" and "diffusive" ask for, and the push outwards that a flat mode may show.
 
     So much that a flat mode is called confined in 5% of windows at most, and one of 20 relaxation times
     diffusive in 2%. Where a window has few memories of the momentum, or an epoch's sampling holds flat modes
-    back, fewer independent stretches decide, and chance goes further.
+    back, fewer independent stretches decide, and chance goes further: of the slope's sign too, while a mode
+    that really runs away does so within a few memories.
     """
-    confined, flat = NEEDED, NEEDED_FLAT
-    memories = statistics.equal_steps * (1 - momentum)
+    confined, flat, outward = NEEDED, NEEDED_FLAT, OUTWARD
+    # By steps, not by equal ones: momentum forgets at the same pace under any schedule.
+    memories = statistics.steps * (1 - momentum)
     if momentum and memories < FULL_MEMORIES:
-        confined += 0.5 * (FULL_MEMORIES - memories) / (FULL_MEMORIES - MIN_MEMORIES)
+        few = (FULL_MEMORIES - memories) / (FULL_MEMORIES - MIN_MEMORIES)
+        confined, flat, outward = confined + 0.3 * few, flat - 0.25 * few, outward - 0.6 * few
     epochs = statistics.draw.memory * statistics.steps
     if epochs > 0.2:
         more = 0.5 if epochs < 3 else 1.5
         confined, flat = confined + more, flat + more
-    return confined, flat
+    return confined, flat, outward
 
 
 def _saturated(statistics: WindowStatistics) -> float:

@@ -112,7 +112,7 @@ def _free(e: Evidence) -> Judgement:
             "",
             f"{odds}, but sampling without replacement leaves {e.free_share:.0%} of its free spread.",
         )
-    if e.t_level <= -0.3:
+    if e.t_level <= e.outward:
         return Judgement(
             Verdict.UNDETERMINED,
             "",

@@ -100,18 +100,25 @@ def test_bars_in_very_long_windows(name: str) -> None:
 
 @pytest.mark.parametrize("memories", [10, 20])
 def test_momentum_in_windows_that_are_short_against_its_memory(memories: int) -> None:
-    """They decide less often, and no more wrongly.
+    """They decide a little less often, and no more wrongly.
 
-    Measured at 10 / 20 memories: flat modes 82 / 85% diffusive and 4.8 / 5.1% confined, 20 relaxation
-    times 86 / 92% confined.
+    Measured at 10 / 20 memories: flat modes 86 / 87% diffusive and 5.2% confined, 20 relaxation times
+    88 / 92% confined, where no test can have more than 90 / 94%.
     """
     steps = 10 * memories
-    flat = rates(scenario("momentum", 0, steps, 10_000))
-    assert upper_bound(flat[Verdict.CONFINED], 10_000) <= 0.055
-    assert flat[Verdict.DIFFUSIVE] >= 0.80
+    flat = rates(scenario("momentum", 0, steps, 20_000))
+    assert upper_bound(flat[Verdict.CONFINED], 20_000) <= 0.058
+    assert flat[Verdict.DIFFUSIVE] >= 0.85
     twenty = rates(scenario("momentum", 20, steps, 10_000))
-    assert twenty[Verdict.CONFINED] >= 0.85
-    assert twenty[Verdict.DIFFUSIVE] <= 0.02
+    assert twenty[Verdict.CONFINED] >= 0.86
+    assert upper_bound(twenty[Verdict.DIFFUSIVE], 10_000) <= 0.021
+
+
+def test_modes_that_run_away_in_windows_short_against_the_memory() -> None:
+    """The push outwards that a flat mode may show there is larger, and lets few of them through."""
+    away = rates(scenario("momentum", -3, 100, 5_000))
+    assert away[Verdict.DIFFUSIVE] <= 0.03
+    assert away[Verdict.CONFINED] <= 0.01
 
 
 def test_a_window_of_too_few_memories_is_withheld() -> None:
