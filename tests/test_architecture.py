@@ -129,7 +129,8 @@ def forbidden_call(call: ast.Call) -> str | None:
     if "allow_pickle" in given and constants.get("allow_pickle", True):
         return "allow_pickle"
     graph_kept = "create_graph" in given and constants.get("create_graph", True)
-    if function.endswith("backward") and (graph_kept or len(call.args) > 2):
+    runs = function.endswith("backward") and not function.endswith("save_for_backward")
+    if runs and (graph_kept or len(call.args) > 2):
         return "backward with create_graph: use torch.autograd.grad"
     return None
 

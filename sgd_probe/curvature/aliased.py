@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sgd_probe.curvature.batch_norm import QuickBatchNorm
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import rehearsed, seed_all
@@ -66,7 +67,8 @@ class AliasedLoss(nn.Module):
         self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        return work()
+        with QuickBatchNorm():
+            return work()
 
     def evaluate(
         self, space: ParameterSpace, batch: CurvatureBatch, shift: Sequence[Tensor] | None = None
