@@ -43,7 +43,7 @@ __all__ = [
 class Ranks(Protocol):
     """The processes among which the batches are divided; each calls the same things in the same order."""
 
-    def mean(self, work: Callable[[], Tensor], like: Tensor) -> Tensor:
+    def mean(self, work: Callable[[], Tensor]) -> Tensor:
         """Mean over the processes of what each computes: the same bits on all."""
 
     def total(self, numbers: Sequence[float]) -> list[float]:
@@ -150,7 +150,7 @@ class HessianOperator:
         self.products += 1
         product = partial(self._product, vector=vector)
         if self._ranks is not None:
-            return self._ranks.mean(partial(self._weighted, product), vector)
+            return self._ranks.mean(partial(self._weighted, product))
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
         return _mean(tuple(chain.from_iterable(self._pieces)), product)
 
@@ -168,10 +168,9 @@ class HessianOperator:
         return self._per_batch(self._gradient)
 
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
-        like = torch.empty(self.size, dtype=self.space.dtype, device=self.space.device)
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
-            yield weight, work() if self._ranks is None else self._ranks.mean(work, like)
+            yield weight, work() if self._ranks is None else self._ranks.mean(work)
 
     def _weighted(self, value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
         """This process's part of a mean over batches that all processes hold."""

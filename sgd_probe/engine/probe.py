@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +69,6 @@ RETRY_STEPS = 200
 STATE_FORMAT = 1
 #: Processes of a distributed training settle what is to happen every so many optimizer steps.
 CONFER_STEPS = 8
-
-_T = TypeVar("_T")
 
 
 class _Agreed(NamedTuple):
@@ -257,14 +256,13 @@ class ProbeEngine:
         Raises:
             CurvatureError: the loss cannot be probed.
         """
-        frozen, config = self._freeze(batch, index), self.config
+        config = self.config
         kind = FiniteDifferenceOperator if self._differences else HessianOperator
-        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._alone(lambda: self._check_pieces([frozen]))
-            self._cost = self._alone(
-                lambda: measure_gradient(
-                    self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
-                )
+        with self.ledger.charge(), self.shared(), isolated(self._module, self._optimizer.param_groups):
+            frozen = self._freeze(batch, index)
+            self._check_pieces([frozen])
+            self._cost = measure_gradient(
+                self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
             )
         for kept in (True, False):
             self._batches_per_set = choose_curvature_batches(
@@ -352,10 +350,15 @@ class ProbeEngine:
             return False
         lead = self._processes.rank == 0 and not failed and bool(self._batches_per_set)
         collect = lead and not self._collecting and self._window_due(step)
-        flags = (failed, collect, not self._ready(step), not self._is_due)
-        broken, collect_, not_ready, not_due = map(bool, self._processes.largest([float(f) for f in flags]))
+        broken, collect_, not_ready, not_due = self._processes.any(
+            failed, collect, not self._ready(step), not self._is_due
+        )
         self._agreed = _Agreed(collect=collect_, open=not not_ready, close=not not_due)
         return broken
+
+    def shared(self) -> AbstractContextManager[None]:
+        """What fails in the body on one of several processes fails on all of them; none is left waiting."""
+        return nullcontext() if self._processes is None else self._processes.shared()
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -370,8 +373,12 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
-            with self.ledger.charge() as charge, isolated(self._module, self._optimizer.param_groups):
-                self._window = self._open(step)
+            with (
+                self.ledger.charge() as charge,
+                self.shared(),
+                isolated(self._module, self._optimizer.param_groups),
+            ):
+                window = self._open(step)
         except WrongHessianError:
             raise  # waiting does not mend it
         except (CurvatureError, torch.OutOfMemoryError) as error:
@@ -390,8 +397,9 @@ class ProbeEngine:
             self._pool, self._offered = [], False
             self._collecting = False
         self._failures = 0
-        self._window.open_seconds = charge.seconds
-        return self._window.basis
+        self._window = window
+        window.open_seconds = charge.seconds
+        return window.basis
 
     def observe(self) -> None:
         """Read the step that the optimizer has just done; call it before gradients are zeroed."""
@@ -415,6 +423,7 @@ class ProbeEngine:
             Its result and its directions (rows in the order of the modes), or None if none is open.
         """
         window, self._window = self._window, None
+        self._agreed = self._agreed._replace(close=False)
         if window is None:
             return None
         with self.ledger.charge() as charge:
@@ -592,10 +601,6 @@ class ProbeEngine:
             self._module, self._loss, batches, space, retain, self._dtype, microbatch=size, ranks=ranks
         )
 
-    def _alone(self, work: Callable[[], _T]) -> _T:
-        """Work of this process on what it alone has; with others, it must succeed on all."""
-        return work() if self._processes is None else self._processes.together(work)
-
     def _scaled_space(self, optimizer: OptimizerState) -> ParameterSpace:
         """The coordinates in which the optimizer is plain SGD."""
         try:
@@ -620,7 +625,7 @@ class ProbeEngine:
         # Whether derivatives are right has nothing to do with how an optimizer scales the weights.
         if len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
             with self._operator(pieces[:1], self.space, retain=True, alone=True) as small:
-                self._self_test = self._alone(lambda: self_test(small, self._generator))
+                self._self_test = self_test(small, self._generator)
         else:
             self._self_test = self_test(operator, self._generator)
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
@@ -631,8 +636,8 @@ class ProbeEngine:
         finding, certifying = self._pool[0::2], self._pool[1::2]
         config, retain = self.config, self._retain_graphs()
         optimizer = self._read_optimizer()
-        space = self._alone(lambda: self._scaled_space(optimizer))
-        self._alone(lambda: self._check_pieces(self._pool))
+        space = self._scaled_space(optimizer)
+        self._check_pieces(self._pool)
         with self._operator(finding, space, retain) as operator:
             self._test_once(finding, operator)
             trace = gradient_noise_trace(operator)
@@ -727,17 +732,17 @@ class ProbeEngine:
 
     def _revisit(self, window: Window) -> Revisited:
         nothing = Revisited((), math.nan)
-        why = window.moved_otherwise()
-        if why:
-            window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
-            return nothing
         room = not math.isnan(window.basis.held_out_overlap)
         try:
-            with (
-                isolated(self._module, self._optimizer.param_groups),
-                self._operator(window.certifying, window.space, self._retain_graphs()) as operator,
-            ):
-                return revisit(operator, window.basis.vectors, window.top if room else 0)
+            with self.shared(), isolated(self._module, self._optimizer.param_groups):
+                why = window.moved_otherwise()
+                if self._processes is not None and self._processes.total([float(bool(why))])[0]:
+                    why = why or "The weights of another process are not where its steps have brought them"
+                if why:
+                    window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
+                    return nothing
+                with self._operator(window.certifying, window.space, self._retain_graphs()) as operator:
+                    return revisit(operator, window.basis.vectors, window.top if room else 0)
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
             return nothing
