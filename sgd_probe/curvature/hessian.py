@@ -26,8 +26,9 @@ from sgd_probe.curvature.aliased import (
     leaves,
 )
 from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.linear_algebra import Reduce, whole
 from sgd_probe.curvature.microbatches import cut
-from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.curvature.space import ParameterSpace, part
 
 __all__ = [
     "CurvatureError",
@@ -150,7 +151,7 @@ class HessianOperator:
         self.products += 1
         product = partial(self._product, vector=vector)
         if self._ranks is not None:
-            return self._ranks.mean(partial(self._weighted, product))
+            return self._over_ranks(partial(self._weighted, product))
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
         return _mean(tuple(chain.from_iterable(self._pieces)), product)
 
@@ -170,7 +171,11 @@ class HessianOperator:
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
-            yield weight, work() if self._ranks is None else self._ranks.mean(work)
+            yield weight, self._over_ranks(work)
+
+    def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
+        """Mean of what each process computes from its own batches."""
+        return work() if self._ranks is None else self._ranks.mean(work)
 
     def _weighted(self, value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
         """This process's part of a mean over batches that all processes hold."""
@@ -228,14 +233,14 @@ def _mean(pieces: Sequence[CurvatureBatch], value: Callable[[CurvatureBatch], Te
     return total
 
 
-def finite(product: Tensor) -> Tensor:
+def finite(product: Tensor, reduce: Reduce = whole) -> Tensor:
     """Pass a Hessian-vector product on.
 
     Raises:
         CurvatureError: it is not finite.
     """
     # The sum sees every inf and nan in one pass; what it may do beside that is to overflow.
-    if not math.isfinite(float(product.sum())) and not bool(torch.isfinite(product).all()):
+    if not math.isfinite(float(reduce(product.sum()))) and float(reduce((~product.isfinite()).sum())):
         raise CurvatureError(
             "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its second "
             "derivative at these weights"
@@ -258,7 +263,8 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
     for _, gradient in operator.gradients():
         squares += float(gradient.double().square().sum())
         mean.add_(gradient, alpha=1.0 / count)
-    return (squares - count * float(mean.double().square().sum())) / (count - 1)
+    trace = (squares - count * mean.double().square().sum()) / (count - 1)
+    return float(operator.space.reduce(trace))
 
 
 @dataclass(frozen=True)
@@ -283,7 +289,7 @@ def measure_gradient(
     batch: CurvatureBatch,
     space: ParameterSpace,
     microbatch: int | None = None,
-    kind: type[HessianOperator] = HessianOperator,
+    kind: Callable[..., HessianOperator] = HessianOperator,
     dtype: torch.dtype | None = None,
 ) -> GradientCost:
     """Build one batch's graph and see what it takes; also the first sign that the loss can be probed.
@@ -302,7 +308,7 @@ def measure_gradient(
     Raises:
         CurvatureError: the loss cannot be probed.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    own = {part(parameter).untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from sgd_probe.integrations.lightning_compat import (
     Trainer,
     announce,
     batches_per_epoch,
+    divides_weights,
     draws_itself,
     observe_steps,
     planned_steps,
@@ -260,7 +261,7 @@ class SGDProbe(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = trainer.optimizers[self._optimizer]
         self._steps, self._stepped = steps_done(trainer, pl_module), 1
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or divides_weights(trainer):
             self._processes = Processes(pl_module.device)
         make = functools.partial(self._make_engine, trainer, pl_module, optimizer)
         self._engine = make() if self._processes is None else self._processes.together(make)
@@ -322,6 +323,12 @@ class SGDProbe(Callback):
         assert self._engine is not None
         if self._engine.confer(step, self._failed):
             self._leave()
+        else:
+            self._settle(self._engine, step)
+
+    @_guarded
+    def _settle(self, engine: ProbeEngine, step: int) -> None:
+        engine.settle(step)
 
     def _leave(self) -> None:
         """Switch off, as all processes do now."""
@@ -450,7 +457,8 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
-        self._sinks.write(result, named_vectors(self.config, result, vectors))
+        whole = not self._engine.space.divided
+        self._sinks.write(result, named_vectors(self.config, result, vectors) if whole else {})
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
