@@ -44,11 +44,18 @@ __all__ = [
 class Ranks(Protocol):
     """The processes among which the batches are divided; each calls the same things in the same order."""
 
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
     def mean(self, work: Callable[[], Tensor]) -> Tensor:
         """Mean over the processes of what each computes: the same bits on all."""
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the processes."""
+
+    def sums(self, parts: Tensor) -> Tensor:
+        """The same of a few float64 numbers each."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +175,25 @@ class HessianOperator:
         """Weight and flat gradient of every batch in turn."""
         return self._per_batch(self._gradient)
 
+    @property
+    def parts_of_batch(self) -> int:
+        """Independent minibatches that a batch is made of, each with a gradient of its own: one a process."""
+        return 1 if self._ranks is None else self._ranks.size
+
+    def own_gradients(self) -> Iterator[Tensor]:
+        """Flat gradient of this process's part of every batch in turn; nothing is reduced."""
+        return (_mean(pieces, self._gradient) for pieces in self._pieces)
+
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
             yield weight, self._over_ranks(work)
+
+    def mean_and_total(self, vector: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of each process's vector, and sum of each one's number, over what a batch is made of."""
+        if self._ranks is None or self.parts_of_batch == 1:
+            return vector, number
+        return self._ranks.mean(lambda: vector), self._ranks.sums(number)
 
     def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
         """Mean of what each process computes from its own batches."""
@@ -249,21 +271,25 @@ def finite(product: Tensor, reduce: Reduce = whole) -> Tensor:
 
 
 def gradient_noise_trace(operator: HessianOperator) -> float:
-    """Trace of the minibatch gradients' covariance from the operator's own batches.
+    """Trace of the covariance of a batch's gradient, from the operator's own batches.
+
+    Where a batch is made of the minibatches of several processes, their differences count as well: a batch's
+    gradient is the mean of theirs.
 
     Returns:
-        Unbiased sum over all weights of the variance of a minibatch gradient at fixed weights
-        (squared gradient units); NaN for fewer than two batches.
+        Unbiased sum over all weights of the variance of a batch's gradient at fixed weights (squared gradient
+        units); NaN for fewer than two minibatches.
     """
-    count = len(operator.batches)
+    count = len(operator.batches) * operator.parts_of_batch
     if count < 2:
         return math.nan
     mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.space.device)
-    squares = 0.0
-    for _, gradient in operator.gradients():
-        squares += float(gradient.double().square().sum())
-        mean.add_(gradient, alpha=1.0 / count)
-    trace = (squares - count * mean.double().square().sum()) / (count - 1)
+    squares = mean.new_zeros((), dtype=torch.float64)
+    for gradient in operator.own_gradients():
+        squares += gradient.double().square().sum()
+        mean.add_(gradient, alpha=1.0 / len(operator.batches))
+    mean, squares = operator.mean_and_total(mean, squares)
+    trace = (squares - count * mean.double().square().sum()) / (count - 1) / operator.parts_of_batch
     return float(operator.space.reduce(trace))
 
 

@@ -75,6 +75,10 @@ class ShardedDifferenceOperator(FiniteDifferenceOperator):
         )
         self._sharing = ranks
 
+    @property
+    def parts_of_batch(self) -> int:
+        return 1  # what reaches a process is its part of the mean
+
     def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
         return work()  # backward has taken the mean already
 

@@ -769,17 +769,23 @@ class ProbeEngine:
     def _resample(
         self, operator: HessianOperator, basis: ModeBasis
     ) -> tuple[Resampled | None, tuple[float, ...]]:
-        """Noise at fixed weights from the certifying batches, and how far the mean gradient is from zero."""
-        count = len(operator.batches)
+        """Noise at fixed weights from the certifying batches, and how far the mean gradient is from zero.
+
+        Every process has a minibatch gradient of its own, before they are averaged: so many more of them.
+        """
+        parts = operator.parts_of_batch
+        count = len(operator.batches) * parts
         if count < MIN_BATCHES:
             return None, (math.nan,) * len(basis.modes)
-        rows = [(basis.vectors @ gradient).double() for _, gradient in operator.gradients()]
-        gradients = operator.space.reduce(torch.stack(rows)).cpu().numpy()
+        rows = torch.stack([(basis.vectors @ gradient).double() for gradient in operator.own_gradients()])
+        if self._processes is not None and parts > 1:
+            rows = self._processes.gathered(rows).flatten(0, 1)
+        gradients = operator.space.reduce(rows).cpu().numpy()
         spread = gradients.std(0, ddof=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             score = gradients.mean(0) * math.sqrt(count) / spread
-        # A step gathers so many batches, whose mean has the less noise.
-        return resample(gradients / math.sqrt(self._accumulation)), tuple(score.tolist())
+        # A step takes the mean over so many minibatches, which has the less noise.
+        return resample(gradients / math.sqrt(self._accumulation * parts)), tuple(score.tolist())
 
     def _flat_curvature(self, eigenvalues: Tensor, step: int) -> float:
         """What flat directions aim at: half a relaxation time over the window that is to be expected."""

@@ -254,10 +254,9 @@ def test_products_and_gradients_are_those_of_one_process(
 
 def test_modes_are_those_of_double_backward(found: list[Any], exact: list[HessianOperator]) -> None:
     with isolated(exact[0].module):
-        expected = modes_of(*exact, seed=5)
+        expected = modes_of(exact[0], exact[1], seed=5)
         vectors = torch.stack([whole([one["modes"][i]["vector"] for one in found]) for i in range(5)])
-        (held_out,) = [exact[1]]
-        images = torch.stack([held_out.matvec(vector) for vector in vectors])
+        images = torch.stack([exact[1].matvec(vector) for vector in vectors])
     torch.testing.assert_close(vectors @ vectors.T, torch.eye(5).double(), rtol=0, atol=1e-5)
     for index, mode in enumerate(found[0]["modes"]):
         vector = vectors[index]
