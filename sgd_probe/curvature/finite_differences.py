@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +87,11 @@ class FiniteDifferenceOperator(HessianOperator):
 
     def _product(self, piece: CurvatureBatch, vector: Tensor) -> Tensor:
         """The product at the first step that agrees with the one before."""
-        reduce = self.space.reduce
-        coarse, _ = self._difference(piece, vector, self.relative_step)
+        reduce, whole_step = self.space.reduce, self._step(vector, 1.0)
+        coarse, _ = self._difference(piece, vector, whole_step * self.relative_step)
         for attempt in range(1, _STEPS):
-            fine, rounding = self._difference(piece, vector, self.relative_step * _RATIO**attempt)
+            step = whole_step * self.relative_step * _RATIO**attempt
+            fine, rounding = self._difference(piece, vector, step)
             apart = norm(coarse - fine, reduce) / max(norm(fine, reduce), rounding / self.tolerance)
             if apart <= self.tolerance:
                 self.disagreement = max(self.disagreement, apart)
@@ -102,11 +104,8 @@ class FiniteDifferenceOperator(HessianOperator):
             "float64 weights, or double backward"
         )
 
-    def _difference(
-        self, piece: CurvatureBatch, vector: Tensor, relative_step: float
-    ) -> tuple[Tensor, float]:
+    def _difference(self, piece: CurvatureBatch, vector: Tensor, step: float) -> tuple[Tensor, float]:
         """Central difference of the gradient, and the length of it that may be rounding."""
-        step = self._step(vector, relative_step)
         shift = step * vector
         ahead, behind = self._gradient(piece, shift), self._gradient(piece, -shift)
         rounding = self._rounding(norm(ahead, self.space.reduce), step)
@@ -118,11 +117,14 @@ class FiniteDifferenceOperator(HessianOperator):
 
     def _step(self, vector: Tensor, relative: float) -> float:
         """Length of a step in units of the vector; weights that are all zero count as one long."""
-        reduce, scaling = self.space.reduce, self.space.scaling
-        squares = sum(weights.detach().double().square().sum() for weights in self.space.parts)
-        weights = math.sqrt(float(reduce(torch.as_tensor(squares))))
-        change = norm(vector if scaling is None else vector * scaling, reduce)
-        return relative * (weights or 1.0) / (change or 1.0)
+        scaling = self.space.scaling
+        change = norm(vector if scaling is None else vector * scaling, self.space.reduce)
+        return relative * (self._weights_norm or 1.0) / (change or 1.0)
+
+    @cached_property
+    def _weights_norm(self) -> float:
+        squares = [weights.detach().double().square().sum() for weights in self.space.parts]
+        return math.sqrt(float(self.space.reduce(torch.stack(squares).sum())))
 
     def _value(self, piece: CurvatureBatch, shift: Tensor) -> float:
         """The loss with the weights shifted."""
