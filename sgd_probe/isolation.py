@@ -397,9 +397,9 @@ class _WriteGuard(TorchDispatchMode):
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """A tensor with values of its own that can be written to."""
+    """A tensor with values of its own that can be written to; a DTensor has them in another one."""
     strided = tensor.layout is torch.strided and tensor.device.type != "meta"
-    return strided and not is_lazy(tensor) and not tensor.is_inference()
+    return strided and not hasattr(tensor, "to_local") and not is_lazy(tensor) and not tensor.is_inference()
 
 
 def _slots(owner: Any) -> dict[str, Any]:

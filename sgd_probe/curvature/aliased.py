@@ -102,7 +102,7 @@ class AliasedLoss(nn.Module):
             with rehearsed(self.module) as written:
                 found = functional_call(self, replaced, (step,))
             self._written |= written
-        loss = _checked(found)
+        loss = checked(found)
         if self._dtype is not None:
             _check_precision(loss, self._dtype)
         return Evaluation(loss, aliases, replaced)
@@ -144,7 +144,12 @@ class AliasedLoss(nn.Module):
         return cast_tensor(tensor.clone(), self._dtype)
 
 
-def _checked(loss: object) -> Tensor:
+def checked(loss: object) -> Tensor:
+    """Pass a loss on.
+
+    Raises:
+        CurvatureError: it is no finite scalar, or needs no gradient.
+    """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise CurvatureError(f"expected a scalar loss from the training step, found {found}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import HessianOperator
-from sgd_probe.curvature.linear_algebra import dot, gram, inner
+from sgd_probe.curvature.linear_algebra import Reduce, dot, gram, inner
 
 #: Fewer minibatches say nothing of a covariance.
 MIN_BATCHES = 8
@@ -100,8 +100,8 @@ def certify(
                 half[index] = part
     overlap = held_out = math.nan
     if with_overlap:
-        overlap = _overlap(*halves)
-        held_out = _overlap(vectors[:top], halves[0].add_(halves[1]))
+        overlap = _overlap(halves[0], halves[1], operator.space.reduce)
+        held_out = _overlap(vectors[:top], halves[0].add_(halves[1]), operator.space.reduce)
     halves.clear()
     weighted = [(math.nan, math.nan)] * len(vectors)
     if enough and top < len(vectors):
@@ -142,10 +142,11 @@ def revisit(operator: HessianOperator, vectors: Tensor, top: int = 0) -> Revisit
     quotients = []
     for index, vector in enumerate(vectors):
         product = operator.matvec(vector)
-        quotients.append(dot(product, vector))
+        quotients.append(dot(product, vector, operator.space.reduce))
         if index < top:
             images[index] = product
-    return Revisited(tuple(quotients), _overlap(vectors[:top], images) if top else math.nan)
+    overlap = _overlap(vectors[:top], images, operator.space.reduce) if top else math.nan
+    return Revisited(tuple(quotients), overlap)
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,18 @@ def _images(
     """Also the weighted sums of H_B v over every other batch, which add up to Hv."""
     images = _Images([], [], 0.0, 0.0, [], [])
     halves = (torch.zeros_like(vector), torch.zeros_like(vector))
-    own_square = 0.0
+    own_square, reduce = 0.0, operator.space.reduce
     gradients = operator.gradients() if with_gradients else None
     for index, (weight, product) in enumerate(operator.matvec_per_batch(vector)):
         images.weights.append(weight)
-        images.quotients.append(dot(vector, product))
-        own_square += weight**2 * dot(product, product)
+        images.quotients.append(dot(vector, product, reduce))
+        own_square += weight**2 * dot(product, product, reduce)
         halves[index % 2].add_(product, alpha=weight)
         if gradients is not None:
             _, gradient = next(gradients)
-            images.noise.append(dot(vector, gradient))
-            images.own_pull.append(dot(product, gradient))
-    square = sum(dot(half, half) for half in halves) + 2 * dot(*halves)
+            images.noise.append(dot(vector, gradient, reduce))
+            images.own_pull.append(dot(product, gradient, reduce))
+    square = sum(dot(half, half, reduce) for half in halves) + 2 * dot(*halves, reduce)
     return dataclasses.replace(images, own_square=own_square, square=square), halves
 
 
@@ -221,7 +222,8 @@ def _noise_weighted(
     A batch with large errors has both a large gradient and a large Hessian: its own H_B is taken out of
     the H that its gradient meets.
     """
-    sums = [inner(halves[0], g) + inner(halves[1], g) for _, g in operator.gradients()]
+    reduce = operator.space.reduce
+    sums = [reduce(inner(halves[0], g) + inner(halves[1], g)) for _, g in operator.gradients()]
     pulls = torch.stack(sums).cpu().T
     weights = torch.tensor(images[0].weights, dtype=torch.float64)
     found = []
@@ -246,16 +248,16 @@ def _slope(noise: Tensor, pull: Tensor) -> float:
     return float(centred @ pull) / variance if variance > 0 else math.nan
 
 
-def _overlap(rows: Tensor, others: Tensor) -> float:
+def _overlap(rows: Tensor, others: Tensor, reduce: Reduce) -> float:
     """Mean squared cosine of the principal angles between the two spans."""
-    cross = torch.stack([inner(rows, other) for other in others]).cpu()
-    turned = _whitener(others) @ cross @ _whitener(rows).T
+    cross = reduce(torch.stack([inner(rows, other) for other in others])).cpu()
+    turned = _whitener(others, reduce) @ cross @ _whitener(rows, reduce).T
     return float(turned.square().sum()) / len(rows)
 
 
-def _whitener(rows: Tensor) -> Tensor:
+def _whitener(rows: Tensor, reduce: Reduce) -> Tensor:
     """Turns rows into orthonormal ones: float64, shape (rank, k)."""
-    values, vectors = torch.linalg.eigh(gram(rows).cpu())
+    values, vectors = torch.linalg.eigh(gram(rows, reduce).cpu())
     kept = values > torch.finfo(torch.float32).eps * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     whitener: Tensor = (vectors[:, kept] / values[kept].sqrt()).T
     return whitener

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LinearOperator
+from sgd_probe.curvature.linear_algebra import dimension as dimension_of
 from sgd_probe.curvature.linear_algebra import norm, random_unit
 
 #: Effective curvature aimed at on the finding samples, as a share of what is wanted on others. There it is
@@ -90,12 +91,12 @@ def flat_directions(
         on_product: called with the number of products so far, for progress.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    already = len(outside)
+    already, whole = len(outside), dimension_of(operator.size, outside.reduce)
     found: list[_Direction] = []
     products = 0
-    for _ in range(min(count, operator.size - already)):
-        space = _OwnSpace(operator, outside, generator)
-        for _ in range(min(dimension, operator.size - len(outside))):
+    for _ in range(min(count, whole - already)):
+        space = _OwnSpace(operator, whole, outside, generator)
+        for _ in range(min(dimension, whole - len(outside))):
             products += 1
             going_on = space.extend()
             if on_product is not None:
@@ -129,12 +130,15 @@ class _OwnSpace:
     vector and on the basis outside.
     """
 
-    def __init__(self, operator: LinearOperator, outside: KrylovBasis, generator: torch.Generator) -> None:
-        self._operator, self._outside = operator, outside
-        self._basis = KrylovBasis(outside.like, operator.size)
-        start = random_unit(operator.size, outside.like, generator)
+    def __init__(
+        self, operator: LinearOperator, whole: int, outside: KrylovBasis, generator: torch.Generator
+    ) -> None:
+        self._operator, self._whole, self._outside = operator, whole, outside
+        self._reduce = outside.reduce
+        self._basis = KrylovBasis(outside.like, operator.size, reduce=outside.reduce)
+        start = random_unit(operator.size, outside.like, generator, self._reduce)
         outside.orthogonalise(start)
-        self._next = start / norm(start)
+        self._next = start / norm(start, self._reduce)
         self._columns: list[tuple[Tensor, Tensor, float]] = []
 
     def extend(self) -> bool:
@@ -142,10 +146,10 @@ class _OwnSpace:
         self._basis.append(self._next)
         product = self._operator.matvec(self._basis[len(self._basis) - 1])
         along, column = self._outside.orthogonalise(product), self._basis.orthogonalise(product)
-        rest = norm(product)
+        rest = norm(product, self._reduce)
         self._columns.append((along, column, rest))
         scale = max(float(column.abs().max()) for _, column, _ in self._columns)
-        full = len(self._basis) + len(self._outside) == self._operator.size
+        full = len(self._basis) + len(self._outside) == self._whole
         if full or rest <= 10 * torch.finfo(product.dtype).eps * scale:
             return False
         self._next = product / rest
@@ -167,7 +171,7 @@ class _OwnSpace:
         self._outside.orthogonalise(vector)
         values, vectors = torch.linalg.eigh(projected)
         return _Direction(
-            vector=vector / norm(vector),
+            vector=vector / norm(vector, self._reduce),
             rayleigh_quotient=float(weights @ projected @ weights),
             product_norm=math.sqrt(max(float(weights @ squared @ weights), 0.0)),
             quadrature=Quadrature(values, (vectors.T @ weights).square()),

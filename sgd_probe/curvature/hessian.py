@@ -26,8 +26,9 @@ from sgd_probe.curvature.aliased import (
     leaves,
 )
 from sgd_probe.curvature.batches import CurvatureBatch
+from sgd_probe.curvature.linear_algebra import Reduce, whole
 from sgd_probe.curvature.microbatches import cut
-from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.curvature.space import ParameterSpace, part
 
 __all__ = [
     "CurvatureError",
@@ -43,11 +44,18 @@ __all__ = [
 class Ranks(Protocol):
     """The processes among which the batches are divided; each calls the same things in the same order."""
 
-    def mean(self, work: Callable[[], Tensor], like: Tensor) -> Tensor:
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def mean(self, work: Callable[[], Tensor]) -> Tensor:
         """Mean over the processes of what each computes: the same bits on all."""
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the processes."""
+
+    def sums(self, parts: Tensor) -> Tensor:
+        """The same of a few float64 numbers each."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ class HessianOperator:
         self.products += 1
         product = partial(self._product, vector=vector)
         if self._ranks is not None:
-            return self._ranks.mean(partial(self._weighted, product), vector)
+            return self._over_ranks(partial(self._weighted, product))
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
         return _mean(tuple(chain.from_iterable(self._pieces)), product)
 
@@ -167,11 +175,29 @@ class HessianOperator:
         """Weight and flat gradient of every batch in turn."""
         return self._per_batch(self._gradient)
 
+    @property
+    def parts_of_batch(self) -> int:
+        """Independent minibatches that a batch is made of, each with a gradient of its own: one a process."""
+        return 1 if self._ranks is None else self._ranks.size
+
+    def own_gradients(self) -> Iterator[Tensor]:
+        """Flat gradient of this process's part of every batch in turn; nothing is reduced."""
+        return (_mean(pieces, self._gradient) for pieces in self._pieces)
+
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
-        like = torch.empty(self.size, dtype=self.space.dtype, device=self.space.device)
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
-            yield weight, work() if self._ranks is None else self._ranks.mean(work, like)
+            yield weight, self._over_ranks(work)
+
+    def mean_and_total(self, vector: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of each process's vector, and sum of each one's number, over what a batch is made of."""
+        if self._ranks is None or self.parts_of_batch == 1:
+            return vector, number
+        return self._ranks.mean(lambda: vector), self._ranks.sums(number)
+
+    def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
+        """Mean of what each process computes from its own batches."""
+        return work() if self._ranks is None else self._ranks.mean(work)
 
     def _weighted(self, value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
         """This process's part of a mean over batches that all processes hold."""
@@ -229,14 +255,14 @@ def _mean(pieces: Sequence[CurvatureBatch], value: Callable[[CurvatureBatch], Te
     return total
 
 
-def finite(product: Tensor) -> Tensor:
+def finite(product: Tensor, reduce: Reduce = whole) -> Tensor:
     """Pass a Hessian-vector product on.
 
     Raises:
         CurvatureError: it is not finite.
     """
     # The sum sees every inf and nan in one pass; what it may do beside that is to overflow.
-    if not math.isfinite(float(product.sum())) and not bool(torch.isfinite(product).all()):
+    if not math.isfinite(float(reduce(product.sum()))) and float(reduce((~product.isfinite()).sum())):
         raise CurvatureError(
             "expected a finite Hessian-vector product, found inf or nan: the loss overflows in its second "
             "derivative at these weights"
@@ -245,21 +271,26 @@ def finite(product: Tensor) -> Tensor:
 
 
 def gradient_noise_trace(operator: HessianOperator) -> float:
-    """Trace of the minibatch gradients' covariance from the operator's own batches.
+    """Trace of the covariance of a batch's gradient, from the operator's own batches.
+
+    Where a batch is made of the minibatches of several processes, their differences count as well: a batch's
+    gradient is the mean of theirs.
 
     Returns:
-        Unbiased sum over all weights of the variance of a minibatch gradient at fixed weights
-        (squared gradient units); NaN for fewer than two batches.
+        Unbiased sum over all weights of the variance of a batch's gradient at fixed weights (squared gradient
+        units); NaN for fewer than two minibatches.
     """
-    count = len(operator.batches)
+    count = len(operator.batches) * operator.parts_of_batch
     if count < 2:
         return math.nan
     mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.space.device)
-    squares = 0.0
-    for _, gradient in operator.gradients():
-        squares += float(gradient.double().square().sum())
-        mean.add_(gradient, alpha=1.0 / count)
-    return (squares - count * float(mean.double().square().sum())) / (count - 1)
+    squares = mean.new_zeros((), dtype=torch.float64)
+    for gradient in operator.own_gradients():
+        squares += gradient.double().square().sum()
+        mean.add_(gradient, alpha=1.0 / len(operator.batches))
+    mean, squares = operator.mean_and_total(mean, squares)
+    trace = (squares - count * mean.double().square().sum()) / (count - 1) / operator.parts_of_batch
+    return float(operator.space.reduce(trace))
 
 
 @dataclass(frozen=True)
@@ -284,7 +315,7 @@ def measure_gradient(
     batch: CurvatureBatch,
     space: ParameterSpace,
     microbatch: int | None = None,
-    kind: type[HessianOperator] = HessianOperator,
+    kind: Callable[..., HessianOperator] = HessianOperator,
     dtype: torch.dtype | None = None,
 ) -> GradientCost:
     """Build one batch's graph and see what it takes; also the first sign that the loss can be probed.
@@ -303,7 +334,7 @@ def measure_gradient(
     Raises:
         CurvatureError: the loss cannot be probed.
     """
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    own = {part(parameter).untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:

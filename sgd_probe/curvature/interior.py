@@ -133,8 +133,8 @@ def _mixtures(
     widest = max(rows, key=lambda row: float(spreads[row]))
     along = operator.matvec(krylov[widest])
     krylov.orthogonalise(along)
-    along /= norm(along)
-    corner = torch.tensor([dot(operator.matvec(along), along)], dtype=torch.float64)
+    along /= norm(along, krylov.reduce)
+    corner = torch.tensor([dot(operator.matvec(along), along, krylov.reduce)], dtype=torch.float64)
     arrowhead = torch.diag(torch.cat([values, corner]))
     arrowhead[-1, :-1] = arrowhead[:-1, -1] = spreads
     nodes, axes = torch.linalg.eigh(arrowhead)

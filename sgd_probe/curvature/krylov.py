@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sgd_probe.curvature.linear_algebra import inner
+from sgd_probe.curvature.linear_algebra import Reduce, inner, whole
 
 #: Rows of a block, but for the first.
 BLOCK_ROWS = 8
@@ -27,13 +27,16 @@ class KrylovBasis:
         like: any tensor of the dtype and device to work in.
         size: length of the vectors.
         first: rows of the first block.
+        reduce: of vectors that are divided among processes, each of which has such a basis of its parts.
 
     Attributes:
         like: that tensor.
+        reduce: that reduction.
     """
 
-    def __init__(self, like: Tensor, size: int, first: int = BLOCK_ROWS) -> None:
+    def __init__(self, like: Tensor, size: int, first: int = BLOCK_ROWS, reduce: Reduce = whole) -> None:
         self.like = like
+        self.reduce = reduce
         self._size = size
         self._first = first
         self._blocks: list[Tensor] = []
@@ -85,8 +88,8 @@ class KrylovBasis:
         taken = torch.zeros(self._count, dtype=torch.float64)
         rows = self._rows()
         start = max(self._count - 2, 0) if recurrence else 0
-        taken[start:] = _take_out(self._last(start) if recurrence else rows, vector)
-        return taken.add_(_take_out(rows, vector))
+        taken[start:] = _take_out(self._last(start) if recurrence else rows, vector, self.reduce)
+        return taken.add_(_take_out(rows, vector, self.reduce))
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the vectors by combinations of them, in place, and forget the rest.
@@ -158,9 +161,11 @@ class KrylovBasis:
         ]
 
 
-def _take_out(parts: list[Tensor], vector: Tensor) -> Tensor:
+def _take_out(parts: list[Tensor], vector: Tensor, reduce: Reduce) -> Tensor:
     """Take the components along rows out of a vector, in place; returns them, float64 on the CPU."""
-    found = [inner(rows, vector) for rows in parts]
-    for rows, components in zip(parts, found, strict=True):
+    if not parts:
+        return torch.zeros(0, dtype=torch.float64)
+    found = reduce(torch.cat([inner(rows, vector) for rows in parts]))
+    for rows, components in zip(parts, torch.split(found, [len(rows) for rows in parts]), strict=True):
         vector.addmv_(rows.T, components.to(vector.dtype), alpha=-1.0)
-    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float64)
+    return found.cpu()

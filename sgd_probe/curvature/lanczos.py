@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.krylov import KrylovBasis
-from sgd_probe.curvature.linear_algebra import norm, orthogonality, random_unit
+from sgd_probe.curvature.linear_algebra import Reduce, dimension, norm, orthogonality, random_unit, whole
 
 #: Pairs kept in sight beyond those that were asked for.
 _EXTRA_PAIRS = 2
@@ -37,7 +37,7 @@ _NOISE = 0.1
 
 
 class LinearOperator(Protocol):
-    """A symmetric operator on vectors of one length."""
+    """A symmetric operator on vectors of one length, or on this process's parts of longer ones."""
 
     @property
     def size(self) -> int: ...
@@ -101,6 +101,7 @@ def lanczos(
     start: Tensor | None = None,
     generator: torch.Generator | None = None,
     on_product: Callable[[int], None] | None = None,
+    reduce: Reduce = whole,
 ) -> LanczosResult:
     """Find the eigenpairs of largest |eigenvalue| at both ends of the spectrum.
 
@@ -117,6 +118,7 @@ def lanczos(
         start: first vector (the sum of an earlier basis, say), to which noise is added; random if None.
         generator: source of random vectors (CPU).
         on_product: called with the number of products so far, for progress.
+        reduce: of vectors that are divided among processes; each has a generator of another seed then.
 
     Returns:
         The pairs found, converged or not: look at ``residuals`` and ``message``.
@@ -125,9 +127,10 @@ def lanczos(
         ValueError: ``max_vectors`` is too small for ``count`` pairs.
     """
     started = time.perf_counter()
-    count = min(count, operator.size)
+    space = dimension(operator.size, reduce)
+    count = min(count, space)
     limit = max_products or most_products(count)
-    if max_vectors is None or max_vectors >= min(limit, operator.size):
+    if max_vectors is None or max_vectors >= min(limit, space):
         max_vectors = limit
     elif max_vectors < smallest_basis(count):
         raise ValueError(
@@ -137,13 +140,12 @@ def lanczos(
     elif max_products is None:
         limit *= 3
     generator = generator or torch.Generator().manual_seed(0)
-    first = random_unit(operator.size, like, generator)
+    first = random_unit(operator.size, like, generator, reduce)
     if start is not None:
-        first.mul_(_NOISE * norm(start)).add_(start.to(like))
-        first /= norm(first)
-    state = _Search(
-        operator, count, like, tolerance, generator, KrylovBasis(like, operator.size, count + beside)
-    )
+        first.mul_(_NOISE * norm(start, reduce)).add_(start.to(like))
+        first /= norm(first, reduce)
+    basis = KrylovBasis(like, operator.size, count + beside, reduce)
+    state = _Search(operator, space, count, like, tolerance, generator, basis)
     state.basis.append(first)
     del first  # the basis has copied it; a vector that a name still holds is memory
     message, restarts = f"stopped at the limit of {limit} products", 0
@@ -163,7 +165,6 @@ def lanczos(
                 restarts += 1
             state.basis.append(following)
         del following
-    basis = state.basis
     basis.rotate(state.vectors)
     vectors = basis.matrix(stop=count)
     residuals = state.errors / state.values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -171,7 +172,7 @@ def lanczos(
         eigenvalues=state.values[:count],
         vectors=vectors,
         residuals=residuals[:count],
-        orthogonality=orthogonality(vectors),
+        orthogonality=orthogonality(vectors, reduce),
         products=done,
         krylov=basis,
         ritz_values=state.values,
@@ -188,6 +189,7 @@ class _Search:
     """The Krylov space so far and its Ritz pairs, by descending magnitude."""
 
     operator: LinearOperator
+    dimension: int  # of the space that the operator acts on
     count: int
     like: Tensor
     tolerance: float
@@ -206,7 +208,7 @@ class _Search:
 
     @property
     def exhausted(self) -> bool:
-        return len(self.basis) == self.operator.size
+        return len(self.basis) == self.dimension
 
     def extend(self) -> Tensor:
         """Apply the operator to the last vector; returns the next one, and renews the Ritz pairs."""
@@ -214,12 +216,12 @@ class _Search:
         column = self.basis.orthogonalise(following, recurrence=self.coupled_to_last_two)
         self.chain += 1
         self.coupled_to_last_two = True
-        dimension = len(self.basis)
-        grown = torch.zeros((dimension, dimension), dtype=torch.float64)
+        length, reduce = len(self.basis), self.basis.reduce
+        grown = torch.zeros((length, length), dtype=torch.float64)
         grown[:-1, :-1] = self.projected
         grown[:, -1] = grown[-1, :] = column
         self.projected = grown
-        coupling = norm(following)
+        coupling = norm(following, reduce)
         self.scale = max(self.scale, float(column.abs().max()), coupling)
         # An invariant space has zero residuals whatever it misses: look into its complement first. All of
         # that is known when a random vector of it turns out to be an eigenvector.
@@ -232,9 +234,9 @@ class _Search:
             self.looked = self.chain == 1
             coupling, self.chain = 0.0, 0
             if not self.exhausted:
-                following = random_unit(self.operator.size, self.like, self.generator)
+                following = random_unit(self.operator.size, self.like, self.generator, reduce)
                 self.basis.orthogonalise(following)
-                following /= norm(following)
+                following /= norm(following, reduce)
         values, vectors = torch.linalg.eigh(self.projected)
         order = values.abs().argsort(descending=True)
         self.values, self.vectors = values[order], vectors[:, order]

@@ -135,8 +135,9 @@ def find_modes(
         start=start,
         generator=generator,
         on_product=on_product,
+        reduce=finding.space.reduce,
     )
-    room = finding.size - flat * flat_dimension
+    room = finding.space.dimension - flat * flat_dimension
     if max_vectors is not None:
         room = min(room, max_vectors - flat - flat_dimension)
     between = interior_directions(finding, stiff, interior, tolerance=tolerance, room=room)
@@ -189,7 +190,7 @@ def find_modes(
         modes=modes,
         products=stiff.products + between.products + valley.products + len(vectors),
         split_half_overlap=certification.split_half_overlap,
-        orthogonality=orthogonality(vectors),
+        orthogonality=orthogonality(vectors, finding.space.reduce),
         converged=stiff.converged,
         message=stiff.message,
         held_out_overlap=certification.held_out_overlap,

@@ -3,6 +3,9 @@
 A diagonal scaling S makes it the space of ``y = S^-1 theta``. An optimizer that moves every weight at a
 rate of its own, ``theta' = theta - eta P g``, takes plain steps there with ``S = P^1/2``: there the
 gradient is ``S g`` and the Hessian ``S H S``, whose modes, not those of H, are the ones that it moves along.
+
+Where processes hold a part of every weight each (FSDP2), the vector of a process is made of its own parts,
+and inner products are reduced: nobody ever holds a whole vector.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+
+from sgd_probe.curvature.linear_algebra import Reduce, whole
 
 #: Globs on parameter names, a compiled pattern, or a rule on (name, parameter); None takes all.
 ParameterFilter: TypeAlias = (
@@ -33,12 +38,14 @@ class ParameterSpace:
         parameters: the live parameters, never written to.
         slices: where each parameter lies in a vector of length :attr:`size`.
         scaling: the diagonal of S, positive, shape (size,); None is the identity.
+        reduce: turns sums over this process's part of some vectors into those over the whole of them.
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     slices: tuple[slice, ...]
     scaling: Tensor | None = None
+    reduce: Reduce = whole
 
     @classmethod
     def of(
@@ -55,7 +62,8 @@ class ParameterSpace:
             among: keep only these (those that an optimizer moves, say).
 
         Raises:
-            ValueError: nothing is left, or the parameters differ in dtype or device.
+            ValueError: nothing is left, the parameters differ in dtype or device, or only some of them are
+                divided among processes, or in another way than by rows.
         """
         allowed = None if among is None else {id(parameter) for parameter in among}
         accept = _rule(chosen)
@@ -79,16 +87,32 @@ class ParameterSpace:
                 f"expected parameters of one dtype on one device, found {', '.join(kinds)}: "
                 "choose a part of the model with `params`"
             )
+        _check_placements(names, parameters)
         offsets = [0]
         for parameter in parameters:
-            offsets.append(offsets[-1] + parameter.numel())
+            offsets.append(offsets[-1] + part(parameter).numel())
         slices = tuple(slice(a, b) for a, b in itertools.pairwise(offsets))
         return cls(tuple(names), tuple(parameters), slices)
 
     @property
     def size(self) -> int:
-        """Number of weights in the space."""
+        """Length of the vectors: the number of weights, of this process's where they are divided."""
         return int(self.slices[-1].stop)
+
+    @property
+    def dimension(self) -> int:
+        """Number of weights, those of all processes together."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def divided(self) -> bool:
+        """Each process holds a part of every weight."""
+        return is_divided(self.parameters[0])
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What this process holds of every weight: the live memory."""
+        return [part(parameter) for parameter in self.parameters]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,9 +142,9 @@ class ParameterSpace:
                 f"expected one scale for each of {len(self.parameters)} parameters, found {len(scales)}"
             )
         pieces = []
-        for name, parameter, scale in zip(self.names, self.parameters, scales, strict=True):
+        for name, weights, scale in zip(self.names, self.parts, scales, strict=True):
             piece = torch.as_tensor(scale, dtype=self.dtype, device=self.device).detach()
-            shape = tuple(parameter.shape)
+            shape = tuple(weights.shape)
             if piece.ndim and tuple(piece.shape) != shape:
                 raise ValueError(f"expected a scale of shape {shape} for {name}, found {tuple(piece.shape)}")
             if not bool(((piece > 0) & piece.isfinite()).all()):
@@ -133,31 +157,61 @@ class ParameterSpace:
         if self.scaling is not None:
             vector = vector * self.scaling
         return [
-            vector[where].view(parameter.shape)
-            for where, parameter in zip(self.slices, self.parameters, strict=True)
+            vector[where].view(weights.shape) for where, weights in zip(self.slices, self.parts, strict=True)
         ]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Lay gradients, one tensor per parameter, out as a vector of shape (size,); None reads as zeros."""
         pieces = []
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+        for where, tensor in zip(self.slices, tensors, strict=True):
             if tensor is None:
-                pieces.append(torch.zeros(parameter.numel(), dtype=self.dtype, device=self.device))
+                size = where.stop - where.start
+                pieces.append(torch.zeros(size, dtype=self.dtype, device=self.device))
             else:
-                dense = tensor.to_dense() if tensor.is_sparse else tensor
+                dense = tensor.to_dense() if tensor.is_sparse else part(tensor)
                 pieces.append(dense.detach().reshape(-1).to(self.dtype))
         flat = torch.cat(pieces)
         return flat if self.scaling is None else flat.mul_(self.scaling)
 
     def layer_shares(self, vector: Tensor, most: int = 8) -> Mapping[str, float]:
         """Share of each parameter in the squared length of a vector, the largest ``most`` of them."""
-        squares = {
-            name: float(vector[where].double().square().sum())
-            for name, where in zip(self.names, self.slices, strict=True)
-        }
+        sums = torch.stack([vector[where].double().square().sum() for where in self.slices])
+        squares = dict(zip(self.names, self.reduce(sums).tolist(), strict=True))
         total = sum(squares.values()) or 1.0
         largest = sorted(squares, key=squares.__getitem__, reverse=True)[:most]
         return {name: squares[name] / total for name in largest}
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Other processes hold parts of it: a DTensor, whose module nobody needs to import for asking."""
+    return hasattr(tensor, "to_local")
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the live memory, all of it where it is not divided."""
+    if not is_divided(tensor):
+        return tensor
+    with torch.no_grad():
+        return cast(Tensor, cast(Any, tensor).to_local())
+
+
+def _check_placements(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:
+    """Rows are what layers are divided by, and what radial shares need whole."""
+    divided = [is_divided(parameter) for parameter in parameters]
+    for name, parameter, is_part in zip(names, parameters, divided, strict=True):
+        placements: Any = cast(Any, parameter).placements if is_part else ()
+        if is_part and not (len(placements) == 1 and placements[0].is_shard(0)):
+            raise ValueError(
+                f"expected weights that fully_shard has divided by rows over all processes, found {name} "
+                f"placed by {placements}: tensor parallelism, replicas of shards and other dimensions are "
+                "not supported; choose other weights with `params`"
+            )
+        if is_part != divided[0]:
+            raise ValueError(
+                "expected fully_shard to have divided all probed weights or none, found "
+                f"{names[0] if is_part else name} whole on every process and {name if is_part else names[0]} "
+                "not: apply it to the root module as well, or choose weights with `params`"
+            )
 
 
 def _rule(chosen: ParameterFilter) -> Callable[[str, nn.Parameter], bool]:

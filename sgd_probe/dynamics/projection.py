@@ -1,11 +1,13 @@
 """From gradients and weights of a step to a few numbers a mode, without keeping anything of the step.
 
 With a scaling S all is in the coordinates ``y = S^-1 theta``: there the gradient is ``S g``.
+
+Where processes hold a part of every weight each, a number is the sum of what each process reads off its part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +42,10 @@ class Projection:
         return bool(np.isfinite(self.gradient).all() and np.isfinite(self.displacement).all())
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class Projector:
     """Projects live parameters and their gradients on a basis; keeps theta_0 and one vector to work in.
 
@@ -50,6 +56,8 @@ class Projector:
         preconditioned_decay: weight decay is part of what S scales twice, like the gradient.
         images: two estimates of Hv for the last rows of the basis, shape (2, rows, size).
         origin: theta_0, shape (size,); the weights as they are by default.
+        part: what this process holds of a parameter, or of its gradient.
+        reduce: from float64 sums over this process's parts to sums over all.
 
     Attributes:
         origin: theta_0.
@@ -63,18 +71,22 @@ class Projector:
         preconditioned_decay: bool = False,
         images: Tensor | None = None,
         origin: Tensor | None = None,
+        part: Callable[[Tensor], Tensor] = _itself,
+        reduce: Callable[[Tensor], Tensor] = _itself,
     ) -> None:
         self._basis = basis
+        self._part, self._reduce = part, reduce
         self._scaling = scaling
         self._preconditioned_decay = preconditioned_decay and scaling is not None
         self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
         self._work = torch.zeros(basis.shape[1], dtype=basis.dtype, device=basis.device)
+        weights = self._weights()
         self._views = [
-            piece.view(parameter.shape)
-            for piece, parameter in zip(_pieces(self._work, parameters), parameters, strict=True)
+            piece.view(weight.shape)
+            for piece, weight in zip(_pieces(self._work, weights), weights, strict=True)
         ]
-        self.origin = self._flat(self._parameters).clone() if origin is None else origin
+        self.origin = self._flat(weights).clone() if origin is None else origin
 
     def decay_at_origin(self, decays: Sequence[float]) -> Array:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
@@ -89,9 +101,11 @@ class Projector:
 
     def norms(self) -> Array:
         """Norm of every parameter at theta_0 and as it is now, shape (2, parameters)."""
-        then = torch.stack([piece.norm() for piece in _pieces(self.origin, self._parameters)])
-        now = torch.stack([parameter.detach().norm().to(then) for parameter in self._parameters])
-        norms: Array = torch.stack([then, now]).double().cpu().numpy()
+        weights = self._weights()
+        then = torch.stack([piece.norm() for piece in _pieces(self.origin, weights)])
+        now = torch.stack([weight.detach().norm().to(then) for weight in weights])
+        # The root of a square is the number itself, to the bit.
+        norms: Array = self._reduce(torch.stack([then, now]).double().square()).sqrt().cpu().numpy()
         return norms
 
     def project(self, decays: Sequence[float]) -> Projection | None:
@@ -103,10 +117,15 @@ class Projector:
         Returns:
             The projections, or None where no parameter has a gradient: the step was skipped.
         """
+        numbers = self.read(decays)
+        return None if numbers is None else self.complete([numbers])[0]
+
+    def read(self, decays: Sequence[float]) -> Tensor | None:
+        """The same, as far as this process's parts go: float64 numbers for :meth:`complete`."""
         gradients = [_dense(parameter.grad) for parameter in self._parameters]
         if all(gradient is None for gradient in gradients):
             return None
-        flat = self._flat(gradients)
+        flat = self._flat([None if gradient is None else self._part(gradient) for gradient in gradients])
         if self._scaling is not None:
             flat.mul_(self._scaling)
         gradient, square = self._basis @ flat, flat @ flat
@@ -116,19 +135,34 @@ class Projector:
             decay = displacement * decays[0]
         else:
             decay = self._basis @ self._decayed(moved, decays)
-        images = self._images
-        force = moved.new_empty(0) if images is None else images @ moved
-        # One transfer from the device for all the numbers of a step.
-        numbers = torch.cat([square[None], gradient, displacement, decay, force]).double().cpu().numpy()
-        modes = len(self._basis)
-        along, position, decayed = numbers[1 : 3 * modes + 1].reshape(3, modes)
-        pulls = np.zeros((2, modes))
-        if images is not None:
-            pulls[:, modes - len(images) // 2 :] = numbers[3 * modes + 1 :].reshape(2, -1)
-        return Projection(along, position, decayed, float(numbers[0]), pulls)
+        force = moved.new_empty(0) if self._images is None else self._images @ moved
+        return torch.cat([square[None], gradient, displacement, decay, force]).double()
+
+    def complete(self, steps: Sequence[Tensor | None]) -> list[Projection]:
+        """What several steps amount to; all their numbers take one reduction and one transfer.
+
+        Args:
+            steps: what :meth:`read` has returned; None makes a projection of NaN.
+        """
+        modes, images = len(self._basis), 0 if self._images is None else len(self._images)
+        nothing = torch.full(
+            (1 + 3 * modes + images,), torch.nan, dtype=torch.float64, device=self._basis.device
+        )
+        rows = torch.stack([nothing if numbers is None else numbers for numbers in steps])
+        found = []
+        for numbers in self._reduce(rows).cpu().numpy():
+            along, position, decayed = numbers[1 : 3 * modes + 1].reshape(3, modes)
+            pulls = np.zeros((2, modes))
+            if images:
+                pulls[:, modes - images // 2 :] = numbers[3 * modes + 1 :].reshape(2, -1)
+            found.append(Projection(along, position, decayed, float(numbers[0]), pulls))
+        return found
+
+    def _weights(self) -> list[Tensor]:
+        return [self._part(parameter) for parameter in self._parameters]
 
     def _moved(self) -> Tensor:
-        moved = self._flat(self._parameters).sub_(self.origin)
+        moved = self._flat(self._weights()).sub_(self.origin)
         return moved if self._scaling is None else moved.div_(self._scaling)
 
     @torch.no_grad()
@@ -145,12 +179,12 @@ class Projector:
         scaled = vector.clone()
         if self._preconditioned_decay and self._scaling is not None:
             scaled.mul_(self._scaling).mul_(self._scaling)
-        for piece, decay in zip(_pieces(scaled, self._parameters), decays, strict=True):
+        for piece, decay in zip(_pieces(scaled, self._views), decays, strict=True):
             piece.mul_(decay)
         return scaled
 
     def _project(self, vector: Tensor) -> Array:
-        numbers: Array = (self._basis @ vector).double().cpu().numpy()
+        numbers: Array = self._reduce((self._basis @ vector).double()).cpu().numpy()
         return numbers
 
 

@@ -1,6 +1,7 @@
 """The probe without a trainer or a logger."""
 
 from sgd_probe.curvature.hessian import CurvatureError, LossFunction
+from sgd_probe.curvature.sharded import sharded_units
 from sgd_probe.curvature.space import ParameterFilter
 from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.distributed import Processes
@@ -18,4 +19,5 @@ __all__ = [
     "Sampling",
     "duration",
     "read_sampling",
+    "sharded_units",
 ]

@@ -1,14 +1,16 @@
 """Several processes that train one model: reductions that no failure can hang.
 
-Every process calls the same things in the same order. One that fails takes part in the reduction all the
-same, and all learn of it there.
+Every process calls the same things in the same order, within :meth:`Processes.shared`. There every reduction
+begins with a meeting: one number says how bad it is. A process that fails, wherever it is, goes to the next
+meeting and says so; the others are there, or come, and all raise together.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,9 +22,6 @@ from sgd_probe.curvature.hessian import CurvatureError, WrongHessianError
 log = logging.getLogger("sgd_probe")
 
 _T = TypeVar("_T")
-_NOT_FINITE = (
-    "expected finite values on all processes, found inf or nan, or a process that failed: its log says how"
-)
 #: How bad it is: nothing, worth another try later, for good.
 _FINE, _LATER, _FOR_GOOD = 0.0, 1.0, 2.0
 
@@ -36,31 +35,28 @@ class Processes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._told: Exception | None = None
         self.size = dist.get_world_size()
         self.rank = dist.get_rank()
 
-    def mean(self, work: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Mean over the processes of what each computes: the same bits on all.
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """What fails in the body on one process fails on all: at their next reduction, or where it ends.
 
-        Args:
-            work: on this process; its tensor is ours to change.
-            like: a tensor of the shape, dtype and device of the result.
+        Nothing may be caught within the body that only some of the processes meet with.
 
         Raises:
-            CurvatureError: the work has failed on one of them, or its result is not finite.
+            CurvatureError: it has failed on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
         error: Exception | None = None
         try:
-            value = work()
+            yield
         except Exception as failure:
-            # Poison instead of a flag of its own: a second reduction is needed only where something is wrong.
-            error, value = failure, torch.full_like(like, math.nan)
-        dist.all_reduce(value)
-        value.div_(self.size)
-        if not math.isfinite(float(value.sum())) and not bool(torch.isfinite(value).all()):
-            self._raise(error or CurvatureError(_NOT_FINITE))
-        return value
+            if failure is self._told:  # all raise it, by now or soon
+                raise
+            error = failure
+        self._meet(error)
 
     def together(self, work: Callable[[], _T]) -> _T:
         """Work that each process does for itself, and that must succeed on all.
@@ -69,27 +65,61 @@ class Processes:
             CurvatureError: it has failed on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
-        error: Exception | None = None
-        found: _T | None = None
-        try:
-            found = work()
-        except Exception as failure:
-            error = failure
-        if self._worst(error):
-            self._raise(error)
-        return found  # type: ignore[return-value]
+        with self.shared():
+            return work()
+
+    def mean(self, work: Callable[[], Tensor]) -> Tensor:
+        """Mean over the processes of what each computes: the same bits on all.
+
+        Args:
+            work: on this process; its tensor is ours to change.
+
+        Raises:
+            CurvatureError: the work has failed on one of them, or its result is not finite.
+            WrongHessianError: it has failed in a way that waiting does not mend.
+        """
+        value = self.together(work)
+        dist.all_reduce(value)
+        value.div_(self.size)
+        if not math.isfinite(float(value.sum())) and not bool(torch.isfinite(value).all()):
+            self._told = CurvatureError("expected finite values on all processes, found inf or nan")
+            raise self._told
+        return value
+
+    def sums(self, parts: Tensor) -> Tensor:
+        """Sums over the processes of a few numbers each, of the same shape and device: the same bits on all.
+
+        Raises:
+            CurvatureError: another process has failed.
+        """
+        self._meet()
+        numbers = parts.to(self._device, copy=True)
+        dist.all_reduce(numbers)
+        return numbers.to(parts.device)
+
+    def gathered(self, numbers: Tensor) -> Tensor:
+        """A few numbers of every process, in the order of their ranks: shape (processes, *shape).
+
+        Raises:
+            CurvatureError: another process has failed.
+        """
+        own = torch.zeros((self.size, *numbers.shape), dtype=numbers.dtype, device=numbers.device)
+        own[self.rank] = numbers
+        return self.sums(own)
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the processes."""
+        self._meet()
         return self._reduced(numbers, dist.ReduceOp.SUM)
-
-    def largest(self, numbers: Sequence[float]) -> list[float]:
-        """The largest of every number over the processes."""
-        return self._reduced(numbers, dist.ReduceOp.MAX)
 
     def least(self, number: float) -> float:
         """The smallest over the processes."""
+        self._meet()
         return self._reduced([number], dist.ReduceOp.MIN)[0]
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Which of the flags some process has raised. The one meeting outside of :meth:`shared`."""
+        return [bool(flag) for flag in self._reduced([float(f) for f in flags], dist.ReduceOp.MAX)]
 
     def _reduced(self, numbers: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         # Not every accelerator has float64; these are flags, counts and seconds.
@@ -97,18 +127,17 @@ class Processes:
         dist.all_reduce(values, op=operation)
         return [float(value) for value in values.tolist()]
 
-    def _worst(self, error: Exception | None) -> float:
-        return self.largest([_severity(error)])[0]
-
-    def _raise(self, error: Exception | None) -> None:
-        """Raise on all processes alike, whatever happened on this one."""
-        worst = self._worst(error)
+    def _meet(self, error: Exception | None = None) -> None:
+        """Raise on all processes alike where one has failed, whatever happened on this one."""
+        worst = self._reduced([_severity(error)], dist.ReduceOp.MAX)[0]
+        if worst == _FINE:
+            return
         told = str(error) if error is not None else "another process of the training failed; see its log"
         if error is not None and not isinstance(error, CurvatureError):
             told = f"{type(error).__name__}: {told}"
             log.warning("sgd_probe: process %d failed: %s", self.rank, told)
-        kind = WrongHessianError if worst == _FOR_GOOD else CurvatureError
-        raise kind(told) from error
+        self._told = WrongHessianError(told) if worst == _FOR_GOOD else CurvatureError(told)
+        raise self._told from error
 
 
 def _severity(error: Exception | None) -> float:

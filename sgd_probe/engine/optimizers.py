@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sgd_probe.curvature.space import part
 from sgd_probe.theory.closed_forms import SGDDynamics
 
 #: Rates relative to each other may move so far during a window before its coordinates no longer fit.
@@ -174,6 +175,8 @@ def read_scales(
 ) -> list[Tensor | float] | None:
     """The diagonal of S at each parameter, as the optimizer stands: a new tensor of its shape, or a number.
 
+    Of a parameter that is divided among processes, of this process's part.
+
     Returns:
         None where S is the identity.
 
@@ -196,7 +199,7 @@ def read_scales(
         if not memory:  # it never had a gradient: whatever its scale, it does not move
             scales.append(1.0)
             continue
-        denominator = family.denominator(memory, group)
+        denominator = part(family.denominator(memory, group))
         scales.append(denominator.detach().to(parameter.dtype).reciprocal_().mul_(share).sqrt_())
     return scales
 

@@ -6,10 +6,13 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,7 +34,8 @@ from sgd_probe.curvature.lanczos import most_products, smallest_basis
 from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
-from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
+from sgd_probe.curvature.sharded import ShardedDifferenceOperator, at_rest
+from sgd_probe.curvature.space import ParameterFilter, ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
 from sgd_probe.dynamics.projection import Projector
@@ -68,8 +72,8 @@ RETRY_STEPS = 200
 STATE_FORMAT = 1
 #: Processes of a distributed training settle what is to happen every so many optimizer steps.
 CONFER_STEPS = 8
-
-_T = TypeVar("_T")
+#: Between the seeds of two processes; the batches of one differ by their index.
+_SEEDS_APART = 1_000_003
 
 
 class _Agreed(NamedTuple):
@@ -114,7 +118,10 @@ class ProbeEngine:
         processes: Processes | None = None,
     ) -> None:
         moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        at_rest(module)
         self.space = ParameterSpace.of(module, params, among=moved)
+        if self.space.divided:
+            self.space = _over(processes, self.space, config)
         self.config = config
         self.sampling = sampling
         self.ledger = Ledger()
@@ -127,11 +134,13 @@ class ProbeEngine:
         self._processes = processes
         self._first_step = first_step
         self._agreed = _Agreed()
-        self._generator = torch.Generator().manual_seed(config.seed)
+        # Processes that hold parts of a vector draw different parts of it.
+        own = processes.rank if processes is not None and self.space.divided else 0
+        self._generator = torch.Generator().manual_seed(config.seed + _SEEDS_APART * own)
         # Weights in half precision: their curvature is that of the loss in float32, at those very weights.
         self._dtype = torch.float32 if torch.finfo(self.space.dtype).bits < 32 else None
         self._offered = False
-        self._differences = config.second_derivatives == "finite_differences"
+        self._differences = self.space.divided or config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
         self._batches_per_set = 0
@@ -162,7 +171,7 @@ class ProbeEngine:
     @property
     def observed_steps(self) -> int:
         """Used steps of the open window; 0 where none is open."""
-        return self._window.statistics.steps if self._window else 0
+        return self._window.steps if self._window else 0
 
     @property
     def closing_due(self) -> bool:
@@ -191,14 +200,15 @@ class ProbeEngine:
         state: dict[str, Any] = {
             "format": STATE_FORMAT,
             "names": list(self.space.names),
-            "size": self.space.size,
+            "size": self.space.dimension,
             "opened": self._schedule.opened,
             "next_step": self._schedule.next_step,
             "failures": self._failures,
             "generator": self._generator.get_state(),
             "self_test": self._self_test,
             "turning_limit": self._turning_limit,
-            "warm_start": self._warm_start,
+            # Of a divided vector the first process, which writes for all, holds a part only.
+            "warm_start": None if self.space.divided else self._warm_start,
             "window": None,
             "pool": [],
             "collecting": False,
@@ -228,9 +238,9 @@ class ProbeEngine:
             raise ValueError(
                 f"expected a probe's state of format {STATE_FORMAT}, found {state.get('format')}"
             )
-        if (list(state["names"]), state["size"]) != (list(self.space.names), self.space.size):
+        if (list(state["names"]), state["size"]) != (list(self.space.names), self.space.dimension):
             raise ValueError(
-                f"expected the state of a probe of {self.space.size:,} weights of the same names, found "
+                f"expected the state of a probe of {self.space.dimension:,} weights of the same names, found "
                 f"one of {state['size']:,}"
             )
         try:
@@ -243,7 +253,8 @@ class ProbeEngine:
         self._collecting = bool(state["collecting"])
         self._schedule.opened, self._schedule.next_step = int(state["opened"]), int(state["next_step"])
         self._failures, self._self_test = int(state["failures"]), str(state["self_test"])
-        self._generator.set_state(state["generator"].cpu())
+        if not self.space.divided:  # it is the first process's
+            self._generator.set_state(state["generator"].cpu())
         self._turning_limit = float(state["turning_limit"])
         warm = state["warm_start"]
         self._warm_start = None if warm is None else warm.to(self.space.device, self.space.dtype)
@@ -257,14 +268,12 @@ class ProbeEngine:
         Raises:
             CurvatureError: the loss cannot be probed.
         """
-        frozen, config = self._freeze(batch, index), self.config
-        kind = FiniteDifferenceOperator if self._differences else HessianOperator
-        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._alone(lambda: self._check_pieces([frozen]))
-            self._cost = self._alone(
-                lambda: measure_gradient(
-                    self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
-                )
+        config = self.config
+        with self.ledger.charge(), self.shared(), self._isolated():
+            frozen = self._freeze(batch, index)
+            self._check_pieces([frozen])
+            self._cost = measure_gradient(
+                self._module, self._loss, frozen, self.space, config.microbatch, self._kind, self._dtype
             )
         for kept in (True, False):
             self._batches_per_set = choose_curvature_batches(
@@ -284,7 +293,7 @@ class ProbeEngine:
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
         lines = [
-            f"{self.space.size:,} weights; {stiff} and {config.flat} near-flat directions from "
+            f"{self.space.dimension:,} weights; {stiff} and {config.flat} near-flat directions from "
             f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
             f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
             f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
@@ -348,14 +357,28 @@ class ProbeEngine:
             Some process has failed: switch off, all do.
         """
         self._agreed = _Agreed()
-        if self._processes is None or (step - self._first_step) % CONFER_STEPS:
+        if self._processes is None or not self._meet_at(step):
             return False
         lead = self._processes.rank == 0 and not failed and bool(self._batches_per_set)
         collect = lead and not self._collecting and self._window_due(step)
-        flags = (failed, collect, not self._ready(step), not self._is_due)
-        broken, collect_, not_ready, not_due = map(bool, self._processes.largest([float(f) for f in flags]))
+        broken, collect_, not_ready, not_due = self._processes.any(
+            failed, collect, not self._ready(step), not self._is_due
+        )
         self._agreed = _Agreed(collect=collect_, open=not not_ready, close=not not_due)
         return broken
+
+    def _meet_at(self, step: int) -> bool:
+        return (step - self._first_step) % CONFER_STEPS == 0
+
+    def shared(self) -> AbstractContextManager[None]:
+        """What fails in the body on one of several processes fails on all of them; none is left waiting."""
+        return nullcontext() if self._processes is None else self._processes.shared()
+
+    def settle(self, step: int) -> None:
+        """Take up the steps since the last meeting; call it after :meth:`confer`, unless some have failed."""
+        if self._window is not None and self.space.divided and self._meet_at(step):
+            with self.shared():
+                self._window.settle()
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -370,8 +393,12 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
-            with self.ledger.charge() as charge, isolated(self._module, self._optimizer.param_groups):
-                self._window = self._open(step)
+            with (
+                self.ledger.charge() as charge,
+                self.shared(),
+                self._isolated(),
+            ):
+                window = self._open(step)
         except WrongHessianError:
             raise  # waiting does not mend it
         except (CurvatureError, torch.OutOfMemoryError) as error:
@@ -390,8 +417,9 @@ class ProbeEngine:
             self._pool, self._offered = [], False
             self._collecting = False
         self._failures = 0
-        self._window.open_seconds = charge.seconds
-        return self._window.basis
+        self._window = window
+        window.open_seconds = charge.seconds
+        return window.basis
 
     def observe(self) -> None:
         """Read the step that the optimizer has just done; call it before gradients are zeroed."""
@@ -415,11 +443,15 @@ class ProbeEngine:
             Its result and its directions (rows in the order of the modes), or None if none is open.
         """
         window, self._window = self._window, None
+        self._agreed = self._agreed._replace(close=False)
         if window is None:
             return None
         with self.ledger.charge() as charge:
+            with self.shared():
+                window.settle()
             later = self._revisit(window)
-            changes = window.preconditioner_changes()
+            with self.shared():
+                changes, norms = window.preconditioner_changes(), window.norms()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
         cost = CostResult(
             open_seconds=window.open_seconds,
@@ -443,7 +475,7 @@ class ProbeEngine:
             resampled=window.resampled,
             start_gradient=window.start_gradient,
             radial=window.radial,
-            norms=window.norms(),
+            norms=norms,
             preconditioner_changes=changes,
             jumps=window.jumps,
             optimizer=window.optimizer,
@@ -451,7 +483,7 @@ class ProbeEngine:
             samples_found=window.samples_found,
             samples_certified=window.samples_certified,
             batches=len(window.certifying),
-            parameters=self.space.size,
+            parameters=self.space.dimension,
             self_test=self._self_test,
             cost=cost,
             warnings=tuple(window.warnings),
@@ -494,7 +526,13 @@ class ProbeEngine:
                 f"The weights are in {kind}: curvature is that of the loss in float32 at these weights; "
                 f"steps and gradients are those of the {kind} weights, where small steps are rounded away."
             )
-        if self._differences:
+        if self.space.divided:
+            found.append(
+                "Each process holds a part of every weight: Hessian-vector products are finite differences "
+                "of gradients, and where they are unreliable, as on ReLU networks in float32, no window "
+                "opens; directions are not stored."
+            )
+        elif self._differences:
             found.append(
                 "Hessian-vector products are finite differences of gradients (`second_derivatives`); where "
                 "they are unreliable, as on ReLU networks in float32, no window opens."
@@ -523,10 +561,19 @@ class ProbeEngine:
         return f"Further windows open as {config.max_overhead:.0%} of the training's time allows."
 
     def _freeze(self, batch: Any, index: int) -> CurvatureBatch:
-        return CurvatureBatch.freeze(batch, index, seed=self.config.seed + index)
+        rank = 0 if self._processes is None else self._processes.rank  # whose dropout is their own
+        return CurvatureBatch.freeze(batch, index, seed=self.config.seed + index + _SEEDS_APART * rank)
 
     def _read_optimizer(self) -> OptimizerState:
         return read_optimizer(self._optimizer, self.space.parameters)
+
+    def _stored(self) -> str:
+        """What is missing from the run folder where nobody holds a whole direction."""
+        if not (self.space.divided and self.config.save_vectors):
+            return ""
+        return (
+            "The directions are not stored: each process holds a part of them, and they are never gathered."
+        )
 
     def _repeats(self) -> str:
         """A warning where both curvature sets cannot but hold the same batches."""
@@ -584,6 +631,8 @@ class ProbeEngine:
         self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool, alone: bool = False
     ) -> HessianOperator:
         size, ranks = self.config.microbatch, None if alone else self._processes
+        if self.space.divided:
+            return self._kind(self._module, self._loss, batches, space)
         if self._differences:
             return FiniteDifferenceOperator(
                 self._module, self._loss, batches, space, dtype=self._dtype, microbatch=size, ranks=ranks
@@ -592,9 +641,19 @@ class ProbeEngine:
             self._module, self._loss, batches, space, retain, self._dtype, microbatch=size, ranks=ranks
         )
 
-    def _alone(self, work: Callable[[], _T]) -> _T:
-        """Work of this process on what it alone has; with others, it must succeed on all."""
-        return work() if self._processes is None else self._processes.together(work)
+    @property
+    def _kind(self) -> Callable[..., HessianOperator]:
+        """How products are taken."""
+        if self.space.divided:
+            assert self._processes is not None
+            return partial(ShardedDifferenceOperator, ranks=self._processes)
+        return FiniteDifferenceOperator if self._differences else HessianOperator
+
+    @contextmanager
+    def _isolated(self) -> Iterator[None]:
+        at_rest(self._module)
+        with isolated(self._module, self._optimizer.param_groups):
+            yield
 
     def _scaled_space(self, optimizer: OptimizerState) -> ParameterSpace:
         """The coordinates in which the optimizer is plain SGD."""
@@ -618,9 +677,12 @@ class ProbeEngine:
             return
         pieces = cut(batches[0], self.config.microbatch)
         # Whether derivatives are right has nothing to do with how an optimizer scales the weights.
-        if len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
+        if self.space.divided:
+            with self._operator(pieces, self.space, retain=False) as small:
+                self._self_test = self_test(small, self._generator)
+        elif len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
             with self._operator(pieces[:1], self.space, retain=True, alone=True) as small:
-                self._self_test = self._alone(lambda: self_test(small, self._generator))
+                self._self_test = self_test(small, self._generator)
         else:
             self._self_test = self_test(operator, self._generator)
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
@@ -631,8 +693,8 @@ class ProbeEngine:
         finding, certifying = self._pool[0::2], self._pool[1::2]
         config, retain = self.config, self._retain_graphs()
         optimizer = self._read_optimizer()
-        space = self._alone(lambda: self._scaled_space(optimizer))
-        self._alone(lambda: self._check_pieces(self._pool))
+        space = self._scaled_space(optimizer)
+        self._check_pieces(self._pool)
         with self._operator(finding, space, retain) as operator:
             self._test_once(finding, operator)
             trace = gradient_noise_trace(operator)
@@ -694,24 +756,36 @@ class ProbeEngine:
                 space.scaling,
                 optimizer.decay_is_preconditioned,
                 basis.images,
+                part=part,
+                reduce=space.reduce,
             ),
-            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
+            warnings=[
+                note
+                for note in (self._repeats(), self._stored(), _difference_note(operator, held_out))
+                if note
+            ],
         )
 
     def _resample(
         self, operator: HessianOperator, basis: ModeBasis
     ) -> tuple[Resampled | None, tuple[float, ...]]:
-        """Noise at fixed weights from the certifying batches, and how far the mean gradient is from zero."""
-        count = len(operator.batches)
+        """Noise at fixed weights from the certifying batches, and how far the mean gradient is from zero.
+
+        Every process has a minibatch gradient of its own, before they are averaged: so many more of them.
+        """
+        parts = operator.parts_of_batch
+        count = len(operator.batches) * parts
         if count < MIN_BATCHES:
             return None, (math.nan,) * len(basis.modes)
-        rows = [(basis.vectors @ gradient).double().cpu() for _, gradient in operator.gradients()]
-        gradients = torch.stack(rows).numpy()
+        rows = torch.stack([(basis.vectors @ gradient).double() for gradient in operator.own_gradients()])
+        if self._processes is not None and parts > 1:
+            rows = self._processes.gathered(rows).flatten(0, 1)
+        gradients = operator.space.reduce(rows).cpu().numpy()
         spread = gradients.std(0, ddof=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             score = gradients.mean(0) * math.sqrt(count) / spread
-        # A step gathers so many batches, whose mean has the less noise.
-        return resample(gradients / math.sqrt(self._accumulation)), tuple(score.tolist())
+        # A step takes the mean over so many minibatches, which has the less noise.
+        return resample(gradients / math.sqrt(self._accumulation * parts)), tuple(score.tolist())
 
     def _flat_curvature(self, eigenvalues: Tensor, step: int) -> float:
         """What flat directions aim at: half a relaxation time over the window that is to be expected."""
@@ -727,17 +801,17 @@ class ProbeEngine:
 
     def _revisit(self, window: Window) -> Revisited:
         nothing = Revisited((), math.nan)
-        why = window.moved_otherwise()
-        if why:
-            window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
-            return nothing
         room = not math.isnan(window.basis.held_out_overlap)
         try:
-            with (
-                isolated(self._module, self._optimizer.param_groups),
-                self._operator(window.certifying, window.space, self._retain_graphs()) as operator,
-            ):
-                return revisit(operator, window.basis.vectors, window.top if room else 0)
+            with self.shared(), self._isolated():
+                why = window.moved_otherwise()
+                if self._processes is not None and self._processes.total([float(bool(why))])[0]:
+                    why = why or "The weights of another process are not where its steps have brought them"
+                if why:
+                    window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
+                    return nothing
+                with self._operator(window.certifying, window.space, self._retain_graphs()) as operator:
+                    return revisit(operator, window.basis.vectors, window.top if room else 0)
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
             return nothing
@@ -754,7 +828,7 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
         rows = basis.vectors[:, where].double()
         shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
     weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
-    return tuple((weights @ torch.stack(shares)).tolist())
+    return tuple(space.reduce(weights @ torch.stack(shares)).tolist())
 
 
 def _difference_note(*operators: HessianOperator) -> str:
@@ -762,7 +836,35 @@ def _difference_note(*operators: HessianOperator) -> str:
     apart = [o.disagreement for o in operators if isinstance(o, FiniteDifferenceOperator)]
     if not apart:
         return ""
+    why = "the weights are divided" if operators[0].space.divided else "`second_derivatives`"
     return (
-        "The curvature comes from finite differences of gradients (`second_derivatives`), at two steps that "
-        f"agreed to {max(apart):.0e} or better."
+        f"The curvature comes from finite differences of gradients ({why}), at two steps that agreed to "
+        f"{max(apart):.0e} or better."
     )
+
+
+def _over(processes: Processes | None, space: ParameterSpace, config: ProbeConfig) -> ParameterSpace:
+    """A space whose weights are divided, with its products summed over the processes.
+
+    Raises:
+        ValueError: it cannot be probed like that.
+    """
+    if processes is None:
+        raise ValueError("expected to be told of the processes that hold the other parts of the weights")
+    meshes = [cast(Any, parameter).device_mesh.size() for parameter in space.parameters]
+    if set(meshes) != {processes.size}:
+        raise ValueError(
+            f"expected weights divided among all {processes.size} processes, found them divided among "
+            f"{', '.join(map(str, sorted(set(meshes))))}"
+        )
+    if config.microbatch is not None:
+        raise ValueError(
+            f"expected no `microbatch` where weights are divided among processes, found {config.microbatch}: "
+            "a batch is evaluated as in the training, in its memory"
+        )
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in space.parameters):
+        raise ValueError(
+            "expected no hooks on gradients (register_post_accumulate_grad_hook), found some: where weights "
+            "are divided, an evaluation of the probe would call them"
+        )
+    return dataclasses.replace(space, reduce=processes.sums)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.modes import ModeBasis
-from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.curvature.space import ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled
-from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.projection import Projection, Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
@@ -86,11 +86,17 @@ class Window:
         self._last_rate = 0.0
         self._gradient_squares = 0.0
         self._now = self.optimizer
+        self._read: list[tuple[OptimizerState, Draw, Tensor | None]] = []
 
     @property
     def due(self) -> bool:
         """The planned number of steps has been seen."""
-        return self.statistics.steps + self.statistics.skipped >= self.plan.steps
+        return self.steps + self.statistics.skipped >= self.plan.steps
+
+    @property
+    def steps(self) -> int:
+        """Steps so far, with those that are not settled yet."""
+        return self.statistics.steps + len(self._read)
 
     @property
     def top(self) -> int:
@@ -104,15 +110,28 @@ class Window:
             draw: how its minibatch was drawn.
         """
         optimizer = read_optimizer(self.live, self.space.parameters)
-        projection = self.projector.project(optimizer.decay_factors)
-        usable = projection is not None and projection.finite
+        self._read.append((optimizer, draw, self.projector.read(optimizer.decay_factors)))
+        if not self.space.divided:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take up the steps that were read; where weights are divided, all processes do so together."""
+        steps, self._read = self._read, []
+        if not steps:
+            return
+        projections = self.projector.complete([numbers for _, _, numbers in steps])
+        for (optimizer, draw, _), projection in zip(steps, projections, strict=True):
+            self._take_up(optimizer, draw, projection)
+
+    def _take_up(self, optimizer: OptimizerState, draw: Draw, projection: Projection) -> None:
+        usable = projection.finite
         self._notice(optimizer)
         if optimizer.decay_factors != self._now.decay_factors:
             # What the new decay pulls at was not read before this step: begin with the next one.
             self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
             usable = False
         self._now = optimizer
-        if projection is not None and usable:
+        if usable:
             gradient = projection.gradient + self._decay_at_origin + self._decay_since
             self.statistics = self.statistics.update(
                 self._position,
@@ -127,7 +146,7 @@ class Window:
             self._gradient_squares += projection.gradient_square
         else:
             self.statistics = self.statistics.skip(draw)
-        if projection is not None and np.isfinite(projection.displacement).all():
+        if np.isfinite(projection.displacement).all():
             self._position = projection.displacement
             self._decay_since = projection.decay
             self._force = projection.force
@@ -157,7 +176,7 @@ class Window:
         """
         steps = self.statistics.steps
         mean_square = self._gradient_squares / steps if steps else math.inf
-        return min(self.noise_trace, mean_square) / self.space.size
+        return min(self.noise_trace, mean_square) / self.space.dimension
 
     def moved_otherwise(self) -> str:
         """Why the weights are not where the optimizer's steps have brought them; "" where they are."""
@@ -178,7 +197,8 @@ class Window:
         now = self.space.scaled(scales).scaling
         assert now is not None
         ratio = now.div_(self.space.scaling).square_().to(self.basis.vectors)
-        return tuple(float(vector.square() @ ratio) for vector in self.basis.vectors)
+        changes = torch.stack([vector.square() @ ratio for vector in self.basis.vectors])
+        return tuple(self.space.reduce(changes.double()).tolist())
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain types from which :meth:`resumed` goes on.
@@ -208,6 +228,8 @@ class Window:
             optimizer.decay_is_preconditioned,
             images,
             state["origin"].to(device, dtype),
+            part,
+            space.reduce,
         )
         window = cls(**values, space=space, live=live, projector=projector)
         for name, value in hidden.items():
@@ -253,16 +275,16 @@ def radial_shares(vectors: Tensor, space: ParameterSpace) -> tuple[float, ...]:
         space: the probed parameters.
     """
     shares = torch.zeros(len(vectors), dtype=torch.float64)
-    for parameter, where in zip(space.parameters, space.slices, strict=True):
-        if parameter.ndim < 2:
+    for weights, where in zip(space.parts, space.slices, strict=True):
+        if weights.ndim < 2 or not weights.numel():
             continue
-        weights = parameter.detach().reshape(-1)
+        count, weights = len(weights), weights.detach().reshape(-1)
         if space.scaling is not None:
             weights = weights / space.scaling[where]
-        rows = weights.view(len(parameter), -1)
+        rows = weights.view(count, -1)
         lengths = rows.norm(dim=1, keepdim=True)
         radii = torch.where(lengths > 0, rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny), 0.0)
         for index, vector in enumerate(vectors):
             along = (vector[where].view_as(radii) * radii).sum(1)
             shares[index] += float(along.double().square().sum())
-    return tuple(shares.tolist())
+    return tuple(space.reduce(shares).tolist())

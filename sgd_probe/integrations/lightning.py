@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 
@@ -31,6 +32,7 @@ from sgd_probe.integrations.lightning_compat import (
     Trainer,
     announce,
     batches_per_epoch,
+    divides_weights,
     draws_itself,
     observe_steps,
     planned_steps,
@@ -74,7 +76,7 @@ def _guarded(
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            if self._processes is None:
+            if self._processes is None or self._engine is None:  # without an engine, none has one
                 self._switch_off()
             else:
                 self._failed = True  # the others learn of it when they meet next
@@ -259,9 +261,19 @@ class SGDProbe(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = trainer.optimizers[self._optimizer]
         self._steps, self._stepped = steps_done(trainer, pl_module), 1
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or divides_weights(trainer):
             self._processes = Processes(pl_module.device)
-        self._engine = ProbeEngine(
+        make = functools.partial(self._make_engine, trainer, pl_module, optimizer)
+        self._engine = make() if self._processes is None else self._processes.together(make)
+        self._planned, self._without_loss = False, 0
+        self._resume()
+        self._draws = DrawnBatches(pl_module, self._on_draw) if draws_itself(pl_module) else None
+        self._hook = observe_steps(optimizer, self._on_optimizer_step)
+
+    def _make_engine(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> ProbeEngine:
+        return ProbeEngine(
             pl_module,
             training_loss(trainer, self._loss_fn, self._optimizer),
             optimizer,
@@ -277,10 +289,6 @@ class SGDProbe(Callback):
             params=self._params,
             processes=self._processes,
         )
-        self._planned, self._without_loss = False, 0
-        self._resume()
-        self._draws = DrawnBatches(pl_module, self._on_draw) if draws_itself(pl_module) else None
-        self._hook = observe_steps(optimizer, self._on_optimizer_step)
 
     def _resume(self) -> None:
         """Go on from a checkpoint, where the fit began with one."""
@@ -313,8 +321,17 @@ class SGDProbe(Callback):
         A process that has failed keeps coming: the others would wait for it.
         """
         assert self._engine is not None
-        if not self._engine.confer(step, self._failed):
-            return
+        if self._engine.confer(step, self._failed):
+            self._leave()
+        else:
+            self._settle(self._engine, step)
+
+    @_guarded
+    def _settle(self, engine: ProbeEngine, step: int) -> None:
+        engine.settle(step)
+
+    def _leave(self) -> None:
+        """Switch off, as all processes do now."""
         if not self._failed:
             log.warning(
                 "sgd_probe: switched off for the rest of this fit: another process failed, and its log says "
@@ -340,12 +357,14 @@ class SGDProbe(Callback):
             self._draws.await_step()
 
     def _open(self, trainer: Trainer, engine: ProbeEngine, step: int) -> None:
-        if engine.window_seconds > LONG_PAUSE:
-            announce(trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
-            with progress_bar(trainer, engine.expected_products) as engine.on_product:
-                basis = engine.open_window(step)
-            engine.on_product = None
-        else:
+        with ExitStack() as stack:
+            with engine.shared():  # a terminal that is gone on one process must not leave the others waiting
+                if engine.window_seconds > LONG_PAUSE:
+                    announce(
+                        trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}"
+                    )
+                    stack.callback(setattr, engine, "on_product", None)
+                    engine.on_product = stack.enter_context(progress_bar(trainer, engine.expected_products))
             basis = engine.open_window(step)
         if basis is not None and self._metrics is not None:
             self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
@@ -385,11 +404,22 @@ class SGDProbe(Callback):
         assert self._engine is not None
         self._engine.observe()
 
-    @_guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Close a window that has seen its steps."""
+        self._look_at_batch(trainer, pl_module, outputs)
+        if self._on and self._engine is not None and self._engine.closing_due:
+            self._learn_of_failures()
+            self._close(trainer)
+
+    def _learn_of_failures(self) -> None:
+        """Ask before a window closes, which takes all processes; one that has failed is there to say so."""
+        if self._on and self._processes is not None and self._processes.any(self._failed)[0]:
+            self._leave()
+
+    @_guarded
+    def _look_at_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
         assert self._engine is not None
         self._steps = steps_done(trainer, pl_module, stepped=True)
         if self._stepped > 1 and not pl_module.automatic_optimization and self._loss_fn is None:
@@ -399,23 +429,15 @@ class SGDProbe(Callback):
             )
         if not outputs and pl_module.automatic_optimization:  # the training step returned None
             self._engine.withdraw()
-        if self._engine.closing_due:
-            self._close(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close what is open, as far as it got, and let the sinks finish."""
-        if self._on and self._processes is not None:
-            self._failed = bool(self._processes.largest([float(self._failed)])[0])
-        self._close_at_end(trainer)
+        self._learn_of_failures()
+        if self._engine is not None and self._engine.observed_steps >= MIN_STEPS_AT_END:
+            self._close(trainer)
         # A checkpoint of the finished run may be written yet.
         self._last_state = self._state()
         self._switch_off()
-
-    @_guarded
-    def _close_at_end(self, trainer: Trainer) -> None:
-        assert self._engine is not None
-        if self._engine.observed_steps >= MIN_STEPS_AT_END:
-            self._close(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer and let the sinks finish; the open window is lost."""
@@ -425,6 +447,7 @@ class SGDProbe(Callback):
         """Let go, however the fit ended."""
         self._switch_off()
 
+    @_guarded
     def _close(self, trainer: Trainer) -> None:
         assert self._engine is not None
         closed = self._engine.close_window(self._steps)
@@ -434,13 +457,15 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
-        self._sinks.write(result, named_vectors(self.config, result, vectors))
+        whole = not self._engine.space.divided
+        self._sinks.write(result, named_vectors(self.config, result, vectors) if whole else {})
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
+        sinks = self._make_sinks(trainer)  # first: the processes ask each other
         announce(trainer, "sgd_probe: " + "\n  ".join(plan))
         space = self._engine.space
-        self._sinks = SinkGroup(self._make_sinks(trainer), self._strict)
+        self._sinks = SinkGroup(sinks, self._strict)
         self._sinks.start(
             RunInfo(
                 name=self.name,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sgd_probe.engine import CurvatureError
+from sgd_probe.engine import CurvatureError, sharded_units
 from sgd_probe.integrations.muting import nothing, shadowed, silenced
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ __all__ = [
     "Trainer",
     "announce",
     "batches_per_epoch",
+    "divides_weights",
     "draws_itself",
     "observe_steps",
     "planned_steps",
@@ -160,15 +161,11 @@ def refusal(trainer: Trainer, module: LightningModule, index: int = 0) -> str:
         return f"expected one optimizer, found {optimizers}"
     if index >= optimizers:
         return f"expected `optimizer` to be one of {optimizers}, counted from 0, found {index}"
-    if trainer.world_size > 1 or _divides_weights(trainer):
-        strategy = type(trainer.strategy).__name__
-        if strategy != "DDPStrategy":
-            return (
-                f"training by {strategy} is not supported: each process must hold all weights, as under "
-                'strategy="ddp"'
-            )
-        if not module.automatic_optimization:
-            return "manual optimisation on several processes is not supported"
+    strategy = _strategy_refusal(trainer)
+    if strategy:
+        return strategy
+    if trainer.world_size > 1 and not module.automatic_optimization:
+        return "manual optimisation on several processes is not supported"
     if isinstance(trainer.optimizers[index], torch.optim.LBFGS):
         return (
             "LBFGS evaluates the loss several times a step and searches along lines; no mode moves by itself"
@@ -178,9 +175,55 @@ def refusal(trainer: Trainer, module: LightningModule, index: int = 0) -> str:
     return ""
 
 
-def _divides_weights(trainer: Trainer) -> bool:
-    """The strategy keeps weights where the module's parameters do not show them."""
-    return type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_FSDP2 = 'ModelParallelStrategy with fully_shard (FSDP2) and precision="32-true"'
+_DDP = 'strategy="ddp" where each process can hold all weights'
+#: Why it cannot work under strategies that keep the weights to themselves.
+_CANNOT = {
+    "FSDPStrategy": (
+        "FSDP (version 1) keeps weights in flat pieces that have lost their shapes, and lets no gradient be "
+        "taken beside the training's"
+    ),
+    "DeepSpeedStrategy": "DeepSpeed keeps weights, gradients and the optimizer's step to itself",
+}
+
+
+def _strategy_refusal(trainer: Trainer) -> str:
+    """Why this way of dividing the training among processes cannot be probed; "" where it can."""
+    name = type(trainer.strategy).__name__
+    if divides_weights(trainer):
+        return _sharded_refusal(trainer)
+    if name in _CANNOT:
+        return f"training by {name} is not supported: {_CANNOT[name]}. Use {_FSDP2}, or {_DDP}"
+    if trainer.world_size > 1 and name != "DDPStrategy":
+        return (
+            f"training by {name} is not supported: each process must hold all weights or its rows of each. "
+            f"Use {_DDP}, or {_FSDP2}"
+        )
+    return ""
+
+
+def _sharded_refusal(trainer: Trainer) -> str:
+    """The same of FSDP2: differences of gradients need more digits than half precision has."""
+    way_out = (
+        "second derivatives are finite differences there, which drown in its rounding. Train in float32 "
+        f'(precision="32-true", no MixedPrecisionPolicy), or use {_DDP}'
+    )
+    if trainer.precision not in ("32-true", "64-true"):
+        return (
+            f"training by ModelParallelStrategy (FSDP2) in precision {trainer.precision} is not supported: "
+            f"{way_out}"
+        )
+    policies = [unit._get_fsdp_state()._mp_policy for unit in sharded_units(trainer.lightning_module)]
+    for dtype in (kind for policy in policies for kind in (policy.param_dtype, policy.reduce_dtype)):
+        if dtype is not None and torch.finfo(dtype).bits < 32:
+            name = str(dtype).removeprefix("torch.")
+            return f"fully_shard with a MixedPrecisionPolicy of {name} is not supported: {way_out}"
+    return ""
+
+
+def divides_weights(trainer: Trainer) -> bool:
+    """Each process holds a part of every weight, in the module's own parameters."""
+    return type(trainer.strategy).__name__ == "ModelParallelStrategy"
 
 
 def remarks(trainer: Trainer, module: LightningModule, index: int = 0) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ class Drawn:
 
     def __init__(self, batches: list[Tensor]) -> None:
         self.batches = batches
+        self.space = ParameterSpace.of(Quadratic())
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
         samples = sum(len(batch) for batch in self.batches)

@@ -15,10 +15,16 @@ from torch.nn import functional as F
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.hessian import CurvatureError, HessianOperator, WrongHessianError
 from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.engine import ProbeConfig, ProbeEngine, Sampling
 from sgd_probe.engine.distributed import Processes
 from tests.helpers.processes import run_processes
+from tests.helpers.quadratic import Quadratic
+from tests.helpers.quadratic import loss as quadratic_loss
 
 pytestmark = pytest.mark.slow
+
+CURVATURES, SCALES = (9.0, 7.0, 5.0, 3.0, 2.0, 1.0), (0.5, 1.0, 2.0, 3.0, 0.1, 1.0)
+MINIBATCHES = 100
 
 
 def network() -> nn.Module:
@@ -80,7 +86,7 @@ def _caught(work: Callable[[], object]) -> str:
 
 
 def _failures(processes: Processes) -> Any:
-    like, first = torch.ones(3), processes.rank == 0
+    first = processes.rank == 0
 
     def fails(error: Exception) -> Tensor:
         if first:
@@ -91,16 +97,47 @@ def _failures(processes: Processes) -> Any:
         return torch.tensor([1.0, float("inf") if first else 1.0, 1.0])
 
     return {
-        "memory": _caught(lambda: processes.mean(lambda: fails(torch.OutOfMemoryError("no room")), like)),
-        "user": _caught(lambda: processes.mean(lambda: fails(KeyError("batch")), like)),
-        "infinite": _caught(lambda: processes.mean(infinite, like)),
+        "memory": _caught(lambda: processes.mean(lambda: fails(torch.OutOfMemoryError("no room")))),
+        "user": _caught(lambda: processes.mean(lambda: fails(KeyError("batch")))),
+        "infinite": _caught(lambda: processes.mean(infinite)),
         "alone": _caught(lambda: processes.together(lambda: fails(CurvatureError("not today")))),
-        "fine": processes.mean(lambda: torch.full((3,), 1.0 + processes.rank), like).tolist(),
+        "fine": processes.mean(lambda: torch.full((3,), 1.0 + processes.rank)).tolist(),
         "numbers": [processes.least(processes.rank), *processes.total([1.0, processes.rank])],
     }
 
 
-CASES: dict[str, Callable[[Processes], Any]] = {"products": _products, "failures": _failures}
+def _noise(processes: Processes) -> Any:
+    """A window's noise at fixed weights, where one process's minibatch has SCALES squared."""
+    module = Quadratic(CURVATURES, noise=SCALES)
+    engine = ProbeEngine(
+        module,
+        quadratic_loss,
+        torch.optim.SGD(module.parameters(), lr=0.1),
+        ProbeConfig(top=len(CURVATURES), flat=0, curvature_batches=MINIBATCHES, every_n_steps=1000),
+        sampling=Sampling("with_replacement"),
+        planned_steps=1e6,
+        accumulation=3,
+        processes=processes,
+    )
+    generator = torch.Generator().manual_seed(10 + processes.rank)
+    engine.preflight(module.draw(generator), 0, 0)
+    for step in range(0, 1000):
+        assert not engine.confer(step)
+        if engine.opening_due(step):
+            break
+        engine.offer(module.draw(generator), step, step)
+    assert engine.open_window(step) is not None
+    window = engine._window
+    assert window is not None and window.resampled is not None
+    return {
+        "variance": [[i.value, i.low, i.high] for i in window.resampled.variance],
+        "order": window.basis.vectors.abs().argmax(1).tolist(),
+        "trace": window.noise_trace,
+        "start": window.start_gradient,
+    }
+
+
+CASES: dict[str, Callable[[Processes], Any]] = {"products": _products, "failures": _failures, "noise": _noise}
 
 
 def test_products_are_those_of_all_batches_and_the_same_on_all(tmp_path: Path) -> None:
@@ -130,9 +167,7 @@ def test_products_are_those_of_all_batches_and_the_same_on_all(tmp_path: Path) -
 def test_a_failure_of_one_is_a_failure_of_all(tmp_path: Path) -> None:
     first, second = run_processes("tests.engine.test_distributed", tmp_path, case="failures")
     assert first["memory"] == "CurvatureError: OutOfMemoryError: no room"
-    assert (
-        second["memory"].startswith("CurvatureError: expected finite values") or "another" in second["memory"]
-    )
+    assert second["memory"] == "CurvatureError: another process of the training failed; see its log"
     assert first["user"].startswith("WrongHessianError: KeyError")
     assert second["user"].startswith("WrongHessianError: ")
     assert first["infinite"].startswith("CurvatureError: ") and second["infinite"].startswith(
@@ -142,3 +177,19 @@ def test_a_failure_of_one_is_a_failure_of_all(tmp_path: Path) -> None:
     assert second["alone"] == "CurvatureError: another process of the training failed; see its log"
     assert first["fine"] == second["fine"] == [1.5, 1.5, 1.5]
     assert first["numbers"] == second["numbers"] == [0.0, 2.0, 1.0]
+
+
+def test_noise_at_fixed_weights_counts_the_minibatches_of_all_processes(tmp_path: Path) -> None:
+    first, second = run_processes("tests.engine.test_distributed", tmp_path, case="noise")
+    assert first == second
+    # A step is the mean of 2 processes x 3 accumulated minibatches.
+    truth = [SCALES[index] ** 2 / 6 for index in first["order"]]
+    values, lows, highs = zip(*first["variance"], strict=True)
+    ratios = [value / true for value, true in zip(values, truth, strict=True)]
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.1)  # 6 x 199 degrees of freedom: 4%
+    assert sum(low <= true <= high for low, true, high in zip(lows, truth, highs, strict=True)) >= 5
+    # 199 degrees of freedom give 0.82 to 1.22 (chi-square), half of them 0.76 to 1.32.
+    assert all(high / low < 1.6 for low, high in zip(lows, highs, strict=True))
+    assert first["trace"] == pytest.approx(sum(truth), rel=0.15)
+    # The weights are at the minimum: the mean gradient is as far from zero as its error says.
+    assert max(map(abs, first["start"])) < 3.5
