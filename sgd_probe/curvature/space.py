@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 #: Globs on parameter names, a compiled pattern, or a rule on (name, parameter); None takes all.
 ParameterFilter: TypeAlias = (
@@ -55,7 +56,8 @@ class ParameterSpace:
             among: keep only these (those that an optimizer moves, say).
 
         Raises:
-            ValueError: nothing is left, or the parameters differ in dtype or device.
+            ValueError: nothing is left, a parameter has no shape yet or is complex, or they differ in dtype or
+                device.
         """
         allowed = None if among is None else {id(parameter) for parameter in among}
         accept = _rule(chosen)
@@ -73,6 +75,17 @@ class ParameterSpace:
                 else f"no trainable parameter that matches {chosen!r}"
             )
             raise ValueError(f"expected parameters to probe, found {what}: check requires_grad and `params`")
+        lazy = [name for name, parameter in zip(names, parameters, strict=True) if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"expected initialised parameters, found {lazy[0]} without a shape: run a batch through lazy "
+                "layers before the training begins"
+            )
+        if parameters[0].is_complex():
+            raise ValueError(
+                f"expected real parameters, found {names[0]} complex: hold its real and imaginary parts, of "
+                "which torch.view_as_complex makes one in the forward pass"
+            )
         kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters})
         if len(kinds) > 1:
             raise ValueError(

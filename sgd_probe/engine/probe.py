@@ -6,6 +6,7 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -113,14 +114,14 @@ class ProbeEngine:
         params: ParameterFilter = None,
         processes: Processes | None = None,
     ) -> None:
-        moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.space = ParameterSpace.of(module, params, among=moved)
+        self._params = params
+        self._module = module
+        self._optimizer = optimizer
+        self.space = self._trained()
         self.config = config
         self.sampling = sampling
         self.ledger = Ledger()
-        self._module = module
         self._loss = loss
-        self._optimizer = optimizer
         self._schedule = Schedule(config, first_step, planned_steps)
         self._planned_steps = planned_steps
         self._accumulation = accumulation
@@ -128,8 +129,7 @@ class ProbeEngine:
         self._first_step = first_step
         self._agreed = _Agreed()
         self._generator = torch.Generator().manual_seed(config.seed)
-        # Weights in half precision: their curvature is that of the loss in float32, at those very weights.
-        self._dtype = torch.float32 if torch.finfo(self.space.dtype).bits < 32 else None
+        self._dtype = _at_least_float32(self.space)
         self._offered = False
         self._differences = config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
@@ -144,6 +144,7 @@ class ProbeEngine:
         self._failures = 0
         self._self_test = ""
         self._over_budget_said = False
+        self._changed = ""
         self._warm_start: Tensor | None = None
         self._turning_limit = math.inf
         #: Called with the number of Hessian-vector products so far while a window opens.
@@ -258,14 +259,8 @@ class ProbeEngine:
             CurvatureError: the loss cannot be probed.
         """
         frozen, config = self._freeze(batch, index), self.config
-        kind = FiniteDifferenceOperator if self._differences else HessianOperator
-        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._alone(lambda: self._check_pieces([frozen]))
-            self._cost = self._alone(
-                lambda: measure_gradient(
-                    self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
-                )
-            )
+        self._measure_gradient(frozen)
+        assert self._cost is not None
         for kept in (True, False):
             self._batches_per_set = choose_curvature_batches(
                 config, frozen.samples, self._planned_steps, kept
@@ -301,6 +296,19 @@ class ProbeEngine:
         if self._repeats():
             lines.append(self._repeats())
         return tuple(lines)
+
+    def gather(self, accumulation: int) -> None:
+        """Batches are gathered into a step, from here on so many.
+
+        Args:
+            accumulation: that the loop has now.
+        """
+        if accumulation == self._accumulation:
+            return
+        self._accumulation = accumulation
+        self.sampling = dataclasses.replace(self.sampling, accumulation=accumulation)
+        if self._window is not None:
+            self._window.withhold("the number of batches that make a step changed during the window")
 
     def offer(self, batch: Any, index: int, step: int) -> None:
         """Hand over a training batch before its step; it is cloned while a window is in sight.
@@ -370,6 +378,7 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
+            self._follow(step)
             with self.ledger.charge() as charge, isolated(self._module, self._optimizer.param_groups):
                 self._window = self._open(step)
         except WrongHessianError:
@@ -417,8 +426,11 @@ class ProbeEngine:
         window, self._window = self._window, None
         if window is None:
             return None
+        changed = not _same(self._trained(), window.space)
+        if changed:
+            window.withhold("which weights are trained changed during the window (frozen, thawed or added)")
         with self.ledger.charge() as charge:
-            later = self._revisit(window)
+            later = self._revisit(window, changed)
             changes = window.preconditioner_changes()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
         cost = CostResult(
@@ -462,6 +474,43 @@ class ProbeEngine:
             window.basis.held_out_overlap, later.overlap, window.statistics.steps
         )
         return summarise(measured), window.basis.vectors
+
+    def _trained(self) -> ParameterSpace:
+        """The probed parameters, as the user trains them now."""
+        moved = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        try:
+            return ParameterSpace.of(self._module, self._params, among=moved)
+        except ValueError:
+            # None of them needs a gradient between two steps of a training that freezes its parts in turn.
+            if hasattr(self, "space"):
+                return self.space
+            raise
+
+    def _follow(self, step: int) -> None:
+        """Turn to the weights that are trained now: people freeze layers, thaw them, prune and add some."""
+        found = self._trained()
+        if _same(found, self.space):
+            return
+        self._changed = (
+            f"{found.size:,} weights are trained and probed from step {step} on, before that "
+            f"{self.space.size:,} were: some were frozen, thawed or added."
+        )
+        log.info("sgd_probe: %s", self._changed)
+        self.space, self._dtype = found, _at_least_float32(found)
+        self._self_test, self._pieces_gap = "", None
+        self._warm_start, self._turning_limit = None, math.inf
+        self._measure_gradient(self._pool[0])
+
+    def _measure_gradient(self, batch: CurvatureBatch) -> None:
+        """Find out what a gradient costs, in seconds and bytes."""
+        kind = FiniteDifferenceOperator if self._differences else HessianOperator
+        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
+            self._alone(lambda: self._check_pieces([batch]))
+            self._cost = self._alone(
+                lambda: measure_gradient(
+                    self._module, self._loss, batch, self.space, self.config.microbatch, kind, self._dtype
+                )
+            )
 
     def _window_due(self, step: int) -> bool:
         # Under a budget an open window has its own cost to show before the next is thought of.
@@ -695,7 +744,11 @@ class ProbeEngine:
                 optimizer.decay_is_preconditioned,
                 basis.images,
             ),
-            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
+            warnings=[
+                note
+                for note in (self._changed, self._repeats(), _difference_note(operator, held_out))
+                if note
+            ],
         )
 
     def _resample(
@@ -725,9 +778,9 @@ class ProbeEngine:
             aim = min(aim, 0.5 / (rate * steps))
         return max(aim, torch.finfo(torch.float64).tiny)
 
-    def _revisit(self, window: Window) -> Revisited:
+    def _revisit(self, window: Window, changed: bool) -> Revisited:
         nothing = Revisited((), math.nan)
-        why = window.moved_otherwise()
+        why = "Other weights are trained than when it opened" if changed else window.moved_otherwise()
         if why:
             window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
             return nothing
@@ -755,6 +808,21 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
         shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
     weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
     return tuple((weights @ torch.stack(shares)).tolist())
+
+
+def _same(one: ParameterSpace, other: ParameterSpace) -> bool:
+    """Both are of the same parameters under the same names."""
+    return one.names == other.names and all(
+        a is b for a, b in zip(one.parameters, other.parameters, strict=True)
+    )
+
+
+def _at_least_float32(space: ParameterSpace) -> torch.dtype | None:
+    """Precision of the curvature where it is not that of the weights.
+
+    Weights in half precision: their curvature is that of the loss in float32, at those very weights.
+    """
+    return torch.float32 if torch.finfo(space.dtype).bits < 32 else None
 
 
 def _difference_note(*operators: HessianOperator) -> str:

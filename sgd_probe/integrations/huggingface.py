@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
 
 from sgd_probe.engine import CurvatureError, ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
