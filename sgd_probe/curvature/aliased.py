@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from sgd_probe.curvature.batch_norm import QuickBatchNorm
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
@@ -99,7 +101,7 @@ class AliasedLoss(nn.Module):
             replaced |= {name: self._copy(buffer.detach()) for name, buffer in self.named_buffers()}
             step = partial(self._loss, self.module, batch.thaw(self._dtype), batch.index)
             seed_all(batch.seed)
-            with rehearsed(self.module) as written:
+            with rehearsed(self.module) as written, self._one_precision():
                 found = functional_call(self, replaced, (step,))
             self._written |= written
         loss = checked(found)
@@ -125,7 +127,8 @@ class AliasedLoss(nn.Module):
             torch.autograd.grad, outputs, evaluation.aliases, vectors, allow_unused=True, **options
         )
         try:
-            return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
+            with self._one_precision():
+                return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -136,12 +139,33 @@ class AliasedLoss(nn.Module):
                 "loss_fn"
             ) from error
 
+    def _one_precision(self) -> AbstractContextManager[object]:
+        """Keep a copy in float64 in float64."""
+        return _DoubleThroughout() if self._dtype is torch.float64 else nullcontext()
+
     def _alias(self, parameter: nn.Parameter) -> Tensor:
         alias = parameter.detach()
         return self._copy(alias) if self._dtype is not None or parameter in self._written else alias
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return cast_tensor(tensor.clone(), self._dtype)
+
+
+class _DoubleThroughout(TorchFunctionMode):
+    """Where float32 is asked for it is float64.
+
+    Many models (those of transformers, say) compute norms, attention weights and losses in float32 whatever
+    they are given. A copy in float64 has to stay that, or its differences drown in rounding.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        named = {n: torch.float64 if v is torch.float32 else v for n, v in (kwargs or {}).items()}
+        return func(*args, **named)
 
 
 def checked(loss: object) -> Tensor:

@@ -102,4 +102,7 @@ def _leaves(value: Any, depth: int) -> list[Tensor | np.ndarray[Any, Any]]:
 
 def count_samples(batch: Any) -> int:
     """Length of the first tensor or array with a first dimension; 1 where there is none."""
-    return next((max(len(leaf), 1) for leaf in _leaves(batch, depth=4) if leaf.ndim > 0), 1)
+    leaves = (leaf for leaf in _leaves(batch, depth=4) if leaf.ndim > 0)
+    # Nested tensors have no length, and no shape as a whole.
+    sizes = (leaf.size(0) if isinstance(leaf, Tensor) else len(leaf) for leaf in leaves)
+    return max(next(sizes, 1), 1)

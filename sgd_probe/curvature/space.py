@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sgd_probe.curvature.linear_algebra import Reduce, whole
 
@@ -62,8 +63,9 @@ class ParameterSpace:
             among: keep only these (those that an optimizer moves, say).
 
         Raises:
-            ValueError: nothing is left, the parameters differ in dtype or device, or only some of them are
-                divided among processes, or in another way than by rows.
+            ValueError: nothing is left, a parameter has no shape yet or is complex, the parameters differ in
+                dtype or device, or only some of them are divided among processes, or in another way than by
+                rows.
         """
         allowed = None if among is None else {id(parameter) for parameter in among}
         accept = _rule(chosen)
@@ -81,6 +83,17 @@ class ParameterSpace:
                 else f"no trainable parameter that matches {chosen!r}"
             )
             raise ValueError(f"expected parameters to probe, found {what}: check requires_grad and `params`")
+        lazy = [name for name, parameter in zip(names, parameters, strict=True) if is_lazy(parameter)]
+        if lazy:
+            raise ValueError(
+                f"expected initialised parameters, found {lazy[0]} without a shape: run a batch through lazy "
+                "layers before the training begins"
+            )
+        if parameters[0].is_complex():
+            raise ValueError(
+                f"expected real parameters, found {names[0]} complex: hold its real and imaginary parts, of "
+                "which torch.view_as_complex makes one in the forward pass"
+            )
         kinds = sorted({f"{p.dtype} on {p.device}" for p in parameters})
         if len(kinds) > 1:
             raise ValueError(

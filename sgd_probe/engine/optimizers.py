@@ -206,6 +206,12 @@ def read_scales(
 
 def _groups(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    lost = sum(id(parameter) not in group_of for parameter in parameters)
+    if lost:
+        raise ValueError(
+            f"expected {type(optimizer).__name__} to hold all probed parameters, found {lost} of "
+            f"{len(parameters)} no longer there: give it new ones between fits"
+        )
     return [group_of[id(parameter)] for parameter in parameters]
 
 

@@ -117,28 +117,24 @@ class ProbeEngine:
         params: ParameterFilter = None,
         processes: Processes | None = None,
     ) -> None:
-        moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        at_rest(module)
-        self.space = ParameterSpace.of(module, params, among=moved)
-        if self.space.divided:
-            self.space = _over(processes, self.space, config)
+        self._params = params
+        self._module = module
+        self._optimizer = optimizer
+        self._processes = processes
         self.config = config
+        self.space = self._trained()
         self.sampling = sampling
         self.ledger = Ledger()
-        self._module = module
         self._loss = loss
-        self._optimizer = optimizer
         self._schedule = Schedule(config, first_step, planned_steps)
         self._planned_steps = planned_steps
         self._accumulation = accumulation
-        self._processes = processes
         self._first_step = first_step
         self._agreed = _Agreed()
         # Processes that hold parts of a vector draw different parts of it.
         own = processes.rank if processes is not None and self.space.divided else 0
         self._generator = torch.Generator().manual_seed(config.seed + _SEEDS_APART * own)
-        # Weights in half precision: their curvature is that of the loss in float32, at those very weights.
-        self._dtype = torch.float32 if torch.finfo(self.space.dtype).bits < 32 else None
+        self._dtype = _at_least_float32(self.space)
         self._offered = False
         self._differences = self.space.divided or config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
@@ -153,6 +149,7 @@ class ProbeEngine:
         self._failures = 0
         self._self_test = ""
         self._over_budget_said = False
+        self._changed = ""
         self._warm_start: Tensor | None = None
         self._turning_limit = math.inf
         #: Called with the number of Hessian-vector products so far while a window opens.
@@ -269,12 +266,8 @@ class ProbeEngine:
             CurvatureError: the loss cannot be probed.
         """
         config = self.config
-        with self.ledger.charge(), self.shared(), self._isolated():
-            frozen = self._freeze(batch, index)
-            self._check_pieces([frozen])
-            self._cost = measure_gradient(
-                self._module, self._loss, frozen, self.space, config.microbatch, self._kind, self._dtype
-            )
+        frozen = self._measure_gradient(lambda: self._freeze(batch, index))
+        assert self._cost is not None
         for kept in (True, False):
             self._batches_per_set = choose_curvature_batches(
                 config, frozen.samples, self._planned_steps, kept
@@ -310,6 +303,19 @@ class ProbeEngine:
         if self._repeats():
             lines.append(self._repeats())
         return tuple(lines)
+
+    def gather(self, accumulation: int) -> None:
+        """Batches are gathered into a step, from here on so many.
+
+        Args:
+            accumulation: that the loop has now.
+        """
+        if accumulation == self._accumulation:
+            return
+        self._accumulation = accumulation
+        self.sampling = dataclasses.replace(self.sampling, accumulation=accumulation)
+        if self._window is not None:
+            self._window.withhold("the number of batches that make a step changed during the window")
 
     def offer(self, batch: Any, index: int, step: int) -> None:
         """Hand over a training batch before its step; it is cloned while a window is in sight.
@@ -393,6 +399,7 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
+            self._follow(step)
             with (
                 self.ledger.charge() as charge,
                 self.shared(),
@@ -446,10 +453,13 @@ class ProbeEngine:
         self._agreed = self._agreed._replace(close=False)
         if window is None:
             return None
+        changed = not _same(self._trained(), window.space)
+        if changed:
+            window.withhold("which weights are trained changed during the window (frozen, thawed or added)")
         with self.ledger.charge() as charge:
             with self.shared():
                 window.settle()
-            later = self._revisit(window)
+            later = self._revisit(window, changed)
             with self.shared():
                 changes, norms = window.preconditioner_changes(), window.norms()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
@@ -494,6 +504,44 @@ class ProbeEngine:
             window.basis.held_out_overlap, later.overlap, window.statistics.steps
         )
         return summarise(measured), window.basis.vectors
+
+    def _trained(self) -> ParameterSpace:
+        """The probed parameters, as the user trains them now."""
+        moved = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        at_rest(self._module)
+        try:
+            found = ParameterSpace.of(self._module, self._params, among=moved)
+        except ValueError:
+            # None of them needs a gradient between two steps of a training that freezes its parts in turn.
+            if hasattr(self, "space"):
+                return self.space
+            raise
+        return _over(self._processes, found, self.config) if found.divided else found
+
+    def _follow(self, step: int) -> None:
+        """Turn to the weights that are trained now: people freeze layers, thaw them, prune and add some."""
+        found = self._trained()
+        if _same(found, self.space):
+            return
+        self._changed = (
+            f"{found.dimension:,} weights are trained and probed from step {step} on, before that "
+            f"{self.space.dimension:,} were: some were frozen, thawed or added."
+        )
+        log.info("sgd_probe: %s", self._changed)
+        self.space, self._dtype = found, _at_least_float32(found)
+        self._self_test, self._pieces_gap = "", None
+        self._warm_start, self._turning_limit = None, math.inf
+        self._measure_gradient(lambda: self._pool[0])
+
+    def _measure_gradient(self, batch: Callable[[], CurvatureBatch]) -> CurvatureBatch:
+        """Find out what the gradient of a batch costs, in seconds and bytes; returns the batch."""
+        with self.ledger.charge(), self.shared(), self._isolated():
+            frozen = batch()
+            self._check_pieces([frozen])
+            self._cost = measure_gradient(
+                self._module, self._loss, frozen, self.space, self.config.microbatch, self._kind, self._dtype
+            )
+        return frozen
 
     def _window_due(self, step: int) -> bool:
         # Under a budget an open window has its own cost to show before the next is thought of.
@@ -761,7 +809,12 @@ class ProbeEngine:
             ),
             warnings=[
                 note
-                for note in (self._repeats(), self._stored(), _difference_note(operator, held_out))
+                for note in (
+                    self._changed,
+                    self._repeats(),
+                    self._stored(),
+                    _difference_note(operator, held_out),
+                )
                 if note
             ],
         )
@@ -799,12 +852,12 @@ class ProbeEngine:
             aim = min(aim, 0.5 / (rate * steps))
         return max(aim, torch.finfo(torch.float64).tiny)
 
-    def _revisit(self, window: Window) -> Revisited:
+    def _revisit(self, window: Window, changed: bool) -> Revisited:
         nothing = Revisited((), math.nan)
         room = not math.isnan(window.basis.held_out_overlap)
         try:
             with self.shared(), self._isolated():
-                why = window.moved_otherwise()
+                why = "Other weights are trained than when it opened" if changed else window.moved_otherwise()
                 if self._processes is not None and self._processes.total([float(bool(why))])[0]:
                     why = why or "The weights of another process are not where its steps have brought them"
                 if why:
@@ -829,6 +882,21 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
         shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
     weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
     return tuple(space.reduce(weights @ torch.stack(shares)).tolist())
+
+
+def _same(one: ParameterSpace, other: ParameterSpace) -> bool:
+    """Both are of the same parameters under the same names."""
+    return one.names == other.names and all(
+        a is b for a, b in zip(one.parameters, other.parameters, strict=True)
+    )
+
+
+def _at_least_float32(space: ParameterSpace) -> torch.dtype | None:
+    """Precision of the curvature where it is not that of the weights.
+
+    Weights in half precision: their curvature is that of the loss in float32, at those very weights.
+    """
+    return torch.float32 if torch.finfo(space.dtype).bits < 32 else None
 
 
 def _difference_note(*operators: HessianOperator) -> str:

@@ -151,6 +151,11 @@ class Window:
             self._decay_since = projection.decay
             self._force = projection.force
 
+    def withhold(self, why: str) -> None:
+        """Give no verdicts: something has changed that they rest on."""
+        if not self.optimizer.withheld:
+            self.optimizer = dataclasses.replace(self.optimizer, withheld=why)
+
     def _notice(self, now: OptimizerState) -> None:
         """Keep what has changed since the window opened and qualifies it."""
         at_start = self.optimizer

@@ -6,13 +6,11 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sgd_probe.engine import CurvatureError, ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
 from sgd_probe.integrations.muting import active_wandb_run, nothing, shadowed, silenced
@@ -314,7 +312,6 @@ def _training_loss(
             _unchanged(trainer),
             shadowed(trainer, "log", nothing),
             _without_autocast(model),
-            _one_precision(model),
         ):
             if loss_fn is not None:
                 model.train()
@@ -362,29 +359,6 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         return
     with shadowed(model, "forward", original):
         yield
-
-
-class _DoubleThroughout(TorchFunctionMode):
-    """Where float32 is asked for it is float64.
-
-    Models of transformers compute norms, attention weights and losses in float32 whatever they are given. The
-    self-test compares second derivatives with differences on a copy in float64, which must stay that.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-        named = {n: torch.float64 if v is torch.float32 else v for n, v in (kwargs or {}).items()}
-        return func(*args, **named)
-
-
-def _one_precision(model: nn.Module) -> AbstractContextManager[object]:
-    """Keep a copy in float64 in float64."""
-    double = any(parameter.dtype is torch.float64 for parameter in model.parameters())
-    return _DoubleThroughout() if double else nullcontext()
 
 
 @contextmanager

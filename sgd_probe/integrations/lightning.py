@@ -34,7 +34,6 @@ from sgd_probe.integrations.lightning_compat import (
     batches_per_epoch,
     divides_weights,
     draws_itself,
-    observe_steps,
     planned_steps,
     progress_bar,
     refusal,
@@ -47,6 +46,7 @@ from sgd_probe.integrations.session import (
     LONG_PAUSE,
     MIN_STEPS_AT_END,
     named_vectors,
+    observe_steps,
     one_line,
     with_overrides,
 )
@@ -62,6 +62,8 @@ log = logging.getLogger("sgd_probe")
 _P = ParamSpec("_P")
 #: Batches for which a training step may give no loss before the probe has seen one.
 _MOST_WITHOUT_LOSS = 10
+#: Steps of the trainer of which the optimizer may tell nothing before the probe says so.
+_MOST_UNHEARD = 100
 
 
 def _guarded(
@@ -192,6 +194,7 @@ class SGDProbe(Callback):
         self._without_loss = 0
         self._steps = 0  # done in the fit, as the trainer's loggers count them
         self._stepped = 1  # of the probed optimizer, on the last batch
+        self._heard = 0  # the last of its steps, in the count of the fit; -1 where its silence was told of
 
     @property
     def state_key(self) -> str:
@@ -261,6 +264,7 @@ class SGDProbe(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = trainer.optimizers[self._optimizer]
         self._steps, self._stepped = steps_done(trainer, pl_module), 1
+        self._heard = self._steps
         if trainer.world_size > 1 or divides_weights(trainer):
             self._processes = Processes(pl_module.device)
         make = functools.partial(self._make_engine, trainer, pl_module, optimizer)
@@ -345,6 +349,8 @@ class SGDProbe(Callback):
     ) -> None:
         assert self._engine is not None
         engine, step = self._engine, self._steps
+        engine.gather(trainer.accumulate_grad_batches)
+        self._ask_about_silence(trainer)
         if self._draws is None:
             self._plan(trainer, pl_module, batch, batch_idx)
         elif self._draws.first is not None:
@@ -355,6 +361,18 @@ class SGDProbe(Callback):
             engine.offer(batch, batch_idx, step)
         else:
             self._draws.await_step()
+
+    def _ask_about_silence(self, trainer: Trainer) -> None:
+        if 0 <= self._heard <= self._steps - _MOST_UNHEARD:
+            log.warning(
+                "sgd_probe: no window: the training has gone on for %d steps of which its optimizer %d (%s) "
+                "told nothing. It may not step yet; it may wrap another without calling its own __init__ of "
+                "torch.optim.Optimizer; or it may have replaced the one that the fit began with.",
+                self._steps - self._heard,
+                self._optimizer,
+                type(trainer.optimizers[self._optimizer]).__name__,
+            )
+            self._heard = -1
 
     def _open(self, trainer: Trainer, engine: ProbeEngine, step: int) -> None:
         with ExitStack() as stack:
@@ -397,6 +415,7 @@ class SGDProbe(Callback):
 
     def _on_optimizer_step(self) -> None:
         self._stepped += 1
+        self._heard = self._steps
         self._observe()
 
     @_guarded

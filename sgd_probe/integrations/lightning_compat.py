@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sgd_probe.engine import CurvatureError, sharded_units
 from sgd_probe.integrations.muting import nothing, shadowed, silenced
@@ -62,7 +61,6 @@ __all__ = [
     "batches_per_epoch",
     "divides_weights",
     "draws_itself",
-    "observe_steps",
     "planned_steps",
     "progress_bar",
     "refusal",
@@ -106,9 +104,24 @@ def progress_bar(trainer: Trainer, total: int) -> Iterator[Callable[[int], None]
 def planned_steps(trainer: Trainer) -> float:
     """Steps of the probed optimizer in the whole run, or infinity."""
     steps = float(trainer.estimated_stepping_batches)
+    batches, epochs, changes = trainer.num_training_batches, trainer.max_epochs, _accumulation(trainer)
+    if len(changes) > 1 and epochs is not None and epochs > 0 and math.isfinite(batches):
+        # The trainer's own estimate takes the accumulation of the first epoch for that of all.
+        ends = [*sorted(changes)[1:], epochs]
+        steps = 0.0
+        for (first, gathered), end in zip(sorted(changes.items()), ends, strict=True):
+            steps += math.ceil(batches / gathered) * max(min(end, epochs) - first, 0)
     if trainer.max_steps >= 0:  # those of all optimizers together
         steps = min(steps, trainer.max_steps / max(len(trainer.optimizers), 1))
     return steps if steps >= 0 else math.inf  # -1: a stream of unknown length
+
+
+def _accumulation(trainer: Trainer) -> dict[int, int]:
+    """Batches gathered into a step, by the epoch from which on they are."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__name__ == "GradientAccumulationScheduler":
+            return {0: 1, **callback.scheduling}
+    return {0: trainer.accumulate_grad_batches}
 
 
 def steps_done(trainer: Trainer, module: LightningModule, stepped: bool = False) -> int:
@@ -125,14 +138,6 @@ def steps_done(trainer: Trainer, module: LightningModule, stepped: bool = False)
     if module.automatic_optimization:
         return int(trainer.global_step)
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + stepped
-
-
-def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None]) -> RemovableHandle:
-    """Call back after every step of an optimizer, before any hook of the user's can zero the gradients."""
-    handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: observe())
-    hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
-    hooks.move_to_end(handle.id, last=False)
-    return handle
 
 
 def batches_per_epoch(trainer: Trainer) -> int | None:
@@ -166,6 +171,8 @@ def refusal(trainer: Trainer, module: LightningModule, index: int = 0) -> str:
         return strategy
     if trainer.world_size > 1 and not module.automatic_optimization:
         return "manual optimisation on several processes is not supported"
+    if not any(group["params"] for group in trainer.optimizers[index].param_groups):
+        return "the optimizer moves no weights"
     if isinstance(trainer.optimizers[index], torch.optim.LBFGS):
         return (
             "LBFGS evaluates the loss several times a step and searches along lines; no mode moves by itself"

@@ -152,6 +152,7 @@ class ProbeSession:
         if self._engine is None:
             self._engine = make_engine()
 
+    @_guarded
     def observe(self, optimizer: torch.optim.Optimizer, after_step: Callable[[], None]) -> None:
         """See every step of an optimizer, before any hook of the user's can zero the gradients.
 
@@ -160,13 +161,11 @@ class ProbeSession:
             after_step: called first after each step.
         """
 
-        def stepped(*_: Any) -> None:
+        def stepped() -> None:
             after_step()
             self.step()
 
-        self._hook = optimizer.register_step_post_hook(stepped)
-        hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
-        hooks.move_to_end(self._hook.id, last=False)
+        self._hook = observe_steps(optimizer, stepped)
 
     @_guarded
     def batch(self, batch: Any, index: int, step: int) -> None:
@@ -327,6 +326,24 @@ def with_overrides(config: ProbeConfig | None, **given: Any) -> ProbeConfig:
     """
     wins = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(config or ProbeConfig(), **wins)
+
+
+def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None]) -> RemovableHandle:
+    """Call back after every step of an optimizer, before any hook of the user's can zero the gradients.
+
+    Raises:
+        TypeError: the optimizer takes no hooks.
+    """
+    try:
+        handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: observe())
+        hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
+        hooks.move_to_end(handle.id, last=False)
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"expected an optimizer that tells of its steps, found a {type(optimizer).__name__} without step "
+            "hooks: let its __init__ call that of torch.optim.Optimizer"
+        ) from error
+    return handle
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -52,6 +52,8 @@ ACCEPTED: dict[str, Case] = {
     "embedding": (lambda: ob.Tokens(nn.Tanh()), ob.cross_entropy),
     "sparse embedding": (lambda: ob.Tokens(nn.Tanh(), sparse=True), ob.cross_entropy),
     "embedding below its max_norm": (lambda: ob.Shortened(100.0), ob.cross_entropy),
+    "embedding with a padding row": (lambda: ob.Tokens(nn.Tanh(), padding_idx=2), ob.cross_entropy),
+    "output in float32": (lambda: ob.mlp(nn.Tanh()), ob.narrow_output),
     "label smoothing": (lambda: ob.mlp(nn.Tanh()), ob.label_smoothing),
     "weight decay in the loss": (lambda: ob.mlp(nn.Tanh()), ob.weight_decay),
     "own function": (lambda: ob.applied(ob.TwiceDifferentiable), ob.cross_entropy),
@@ -118,9 +120,9 @@ UNVERIFIED: dict[str, tuple[Callable[[], nn.Module], LossFunction, str]] = {
         "NotImplementedError: the kernel takes float32",
     ),
     "constant": (lambda: ob.mlp(nn.Tanh()), ob.class_weights, "RuntimeError: expected scalar type Double"),
-    "narrow output": (
+    "narrowed by a constant": (
         lambda: ob.mlp(nn.Tanh()),
-        ob.narrow_output,
+        ob.narrowed_output,
         "a part of the loss is computed in torch.float32",
     ),
     "steps on the way": (
