@@ -1,4 +1,8 @@
-"""From gradients and weights of a step to a few numbers a mode, without keeping anything of the step.
+"""From gradients and weights of a step to a few numbers a mode.
+
+A product of the basis with several vectors reads it once for all of them, and costs a fraction of as many
+products with one. So a step's gradient and displacement are copied as the step passes, and a few steps are
+projected together: the numbers are those of one at a time, and a bounded number of vectors waits for them.
 
 With a scaling S all is in the coordinates ``y = S^-1 theta``: there the gradient is ``S g``.
 """
@@ -14,6 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+
+#: Steps that are projected together, at most, and the memory that they may take meanwhile.
+MOST_STEPS, MOST_BYTES = 8, 2**27
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,17 @@ class Projection:
         return bool(np.isfinite(self.gradient).all() and np.isfinite(self.displacement).all())
 
 
+def steps_together(vector_bytes: int) -> int:
+    """Steps that a projector takes before it projects them: two vectors wait for each.
+
+    Args:
+        vector_bytes: of a vector of weights.
+    """
+    return min(max(MOST_BYTES // (2 * max(vector_bytes, 1)), 1), MOST_STEPS)
+
+
 class Projector:
-    """Projects live parameters and their gradients on a basis; keeps theta_0 and one vector to work in.
+    """Projects live parameters and their gradients on a basis; keeps theta_0 and the steps that wait.
 
     Args:
         basis: shape (k, size), contiguous rows over the flat layout of the parameters.
@@ -53,6 +69,7 @@ class Projector:
 
     Attributes:
         origin: theta_0.
+        waiting: number of steps taken and not projected yet.
     """
 
     def __init__(
@@ -69,23 +86,29 @@ class Projector:
         self._preconditioned_decay = preconditioned_decay and scaling is not None
         self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
-        self._work = torch.zeros(basis.shape[1], dtype=basis.dtype, device=basis.device)
-        self._views = [
-            piece.view(parameter.shape)
-            for piece, parameter in zip(_pieces(self._work, parameters), parameters, strict=True)
-        ]
-        self.origin = self._flat(self._parameters).clone() if origin is None else origin
+        self._most = steps_together(basis.shape[1] * basis.element_size())
+        # Gradients of the steps that wait, then their displacements; a step's rows as the parameters' views.
+        self._rows = basis.new_zeros((2 * self._most, basis.shape[1]))
+        self._views = [self._shaped(row) for row in self._rows]
+        self._squares = basis.new_zeros(self._most)
+        self.waiting = 0
+        self.origin = self._weights() if origin is None else origin
+
+    @property
+    def full(self) -> bool:
+        """The steps that wait must be projected before another is taken."""
+        return self.waiting == self._most
 
     def decay_at_origin(self, decays: Sequence[float]) -> Array:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
         if not any(decays):
             return np.zeros(len(self._basis))
-        origin = self.origin if self._scaling is None else self.origin / self._scaling
-        return self._project(self._decayed(origin, decays))
+        origin = self.origin.clone() if self._scaling is None else self.origin / self._scaling
+        return self._project(self._decay(origin[None], decays))
 
     def displacement(self) -> Array:
         """v.(theta - theta_0) of the weights as they are, shape (k,)."""
-        return self._project(self._moved())
+        return self._project(self._move(self._weights())[None])
 
     def norms(self) -> Array:
         """Norm of every parameter at theta_0 and as it is now, shape (2, parameters)."""
@@ -94,64 +117,128 @@ class Projector:
         norms: Array = torch.stack([then, now]).double().cpu().numpy()
         return norms
 
-    def project(self, decays: Sequence[float]) -> Projection | None:
-        """Read value and ``grad`` of every parameter.
-
-        Args:
-            decays: coupled weight decay of each parameter.
+    @torch.no_grad()
+    def take(self) -> bool:
+        """Copy value and ``grad`` of every parameter, as the step has left them.
 
         Returns:
-            The projections, or None where no parameter has a gradient: the step was skipped.
+            False where no parameter has a gradient: the step was skipped, and nothing of it waits.
+
+        Raises:
+            RuntimeError: no further step can wait.
         """
+        if self.full:
+            raise RuntimeError(f"expected `project` after every {self._most} steps, found one more step")
         gradients = [_dense(parameter.grad) for parameter in self._parameters]
-        if all(gradient is None for gradient in gradients):
-            return None
-        flat = self._flat(gradients)
+        present = [(index, gradient) for index, gradient in enumerate(gradients) if gradient is not None]
+        if not present:
+            return False
+        index, beside = self.waiting, self._most + self.waiting
+        row, views = self._rows[index], self._views[index]
+        if len(present) < len(gradients):
+            row.zero_()
+        torch._foreach_copy_([views[at] for at, _ in present], [gradient for _, gradient in present])
         if self._scaling is not None:
-            flat.mul_(self._scaling)
-        gradient, square = self._basis @ flat, flat @ flat
-        moved = self._moved()
-        displacement = self._basis @ moved
+            row.mul_(self._scaling)
+        self._squares[index] = row.dot(row)
+        torch._foreach_copy_(self._views[beside], self._parameters)
+        self._move(self._rows[beside])
+        self.waiting += 1
+        return True
+
+    @torch.no_grad()
+    def project(self, decays: Sequence[float]) -> list[Projection]:
+        """The projections of the steps that wait, oldest first; after it none waits.
+
+        Args:
+            decays: coupled weight decay of each parameter, at all of these steps.
+        """
+        if not self.waiting:
+            return []
+        waiting, self.waiting = self.waiting, 0
+        modes, images, moved = len(self._basis), self._images, self._rows[self._most :]
+        # Rows that nothing waits in, too: their number must not change how the others are rounded.
+        gradient, displacement = _products(self._basis, self._rows).split(self._most, dim=1)
+        force = moved.new_empty((0, self._most)) if images is None else _products(images, moved)
         if len(set(decays)) == 1 and not (decays[0] and self._preconditioned_decay):
             decay = displacement * decays[0]
         else:
-            decay = self._basis @ self._decayed(moved, decays)
-        images = self._images
-        force = moved.new_empty(0) if images is None else images @ moved
-        # One transfer from the device for all the numbers of a step.
-        numbers = torch.cat([square[None], gradient, displacement, decay, force]).double().cpu().numpy()
-        modes = len(self._basis)
-        along, position, decayed = numbers[1 : 3 * modes + 1].reshape(3, modes)
-        pulls = np.zeros((2, modes))
-        if images is not None:
-            pulls[:, modes - len(images) // 2 :] = numbers[3 * modes + 1 :].reshape(2, -1)
-        return Projection(along, position, decayed, float(numbers[0]), pulls)
+            decay = _products(self._basis, self._decay(moved, decays))
+        # One transfer from the device for all the numbers of these steps.
+        numbers = torch.cat([gradient, displacement, decay, self._squares[None], force])
+        steps = np.ascontiguousarray(numbers[:, :waiting].double().cpu().numpy().T)
+        found = []
+        for step in steps:
+            along, position, decayed = step[: 3 * modes].reshape(3, modes)
+            pulls = np.zeros((2, modes))
+            if images is not None:
+                pulls[:, modes - len(images) // 2 :] = step[3 * modes + 1 :].reshape(2, -1)
+            found.append(Projection(along, position, decayed, float(step[3 * modes]), pulls))
+        return found
 
-    def _moved(self) -> Tensor:
-        moved = self._flat(self._parameters).sub_(self.origin)
-        return moved if self._scaling is None else moved.div_(self._scaling)
+    def rows(self) -> Tensor:
+        """Gradients and displacements of the steps that wait, copied, shape (2, waiting, size)."""
+        return self._rows.unflatten(0, (2, self._most))[:, : self.waiting].clone()
+
+    def restore(self, rows: Tensor) -> None:
+        """Let the steps of another projector's :meth:`rows` wait."""
+        self.waiting = rows.shape[1]
+        self._rows.unflatten(0, (2, self._most))[:, : self.waiting] = rows
+        for index in range(self.waiting):
+            self._squares[index] = self._rows[index].dot(self._rows[index])
 
     @torch.no_grad()
-    def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Lay tensors out in the working vector; None reads as zeros."""
-        if any(tensor is None for tensor in tensors):
-            self._work.zero_()
-        pairs = [(view, t) for view, t in zip(self._views, tensors, strict=True) if t is not None]
-        views, present = zip(*pairs, strict=True)
-        torch._foreach_copy_(list(views), list(present))
-        return self._work
+    def _weights(self) -> Tensor:
+        """A copy of the weights as they are, flat."""
+        flat = torch.empty_like(self._rows[0])
+        torch._foreach_copy_(self._shaped(flat), self._parameters)
+        return flat
 
-    def _decayed(self, vector: Tensor, decays: Sequence[float]) -> Tensor:
-        scaled = vector.clone()
+    def _shaped(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat vector in the parameters' shapes."""
+        pieces = _pieces(flat, self._parameters)
+        return [piece.view(p.shape) for piece, p in zip(pieces, self._parameters, strict=True)]
+
+    def _move(self, weights: Tensor) -> Tensor:
+        """Turn flat weights into the displacement from theta_0, in place."""
+        weights.sub_(self.origin)
+        return weights if self._scaling is None else weights.div_(self._scaling)
+
+    def _decay(self, rows: Tensor, decays: Sequence[float]) -> Tensor:
+        """Multiply rows, shape (n, size), by the decay of each weight, in place."""
         if self._preconditioned_decay and self._scaling is not None:
-            scaled.mul_(self._scaling).mul_(self._scaling)
-        for piece, decay in zip(_pieces(scaled, self._parameters), decays, strict=True):
-            piece.mul_(decay)
-        return scaled
+            rows.mul_(self._scaling).mul_(self._scaling)
+        for columns, decay in zip(_pieces(rows.T, self._parameters), decays, strict=True):
+            columns.mul_(decay)
+        return rows
 
-    def _project(self, vector: Tensor) -> Array:
-        numbers: Array = (self._basis @ vector).double().cpu().numpy()
+    def _project(self, row: Tensor) -> Array:
+        numbers: Array = _products(self._basis, row)[:, 0].double().cpu().numpy()
         return numbers
+
+
+@torch.no_grad()
+def _products(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Products of the rows of a matrix with other rows, in full precision whatever the user is content with.
+
+    Autocast would round both. Of float32 a product of two matrices may keep a few digits only, where the user
+    allows it; a product with one vector keeps all.
+    """
+    kind = matrix.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _products(matrix, rows)
+    if matrix.dtype == torch.float32 and not _full_precision():
+        return torch.stack([torch.mv(matrix, row) for row in rows], dim=1)
+    return matrix @ rows.T
+
+
+def _full_precision() -> bool:
+    """Products of float32 matrices are in float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for one backend alone, and nobody can say what holds
+        return False
 
 
 def _dense(gradient: Tensor | None) -> Tensor | None:
@@ -160,6 +247,6 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 def _pieces(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat vector, one per tensor."""
+    """Views of a flat vector, or of the rows of a matrix like one, one per tensor."""
     ends = np.cumsum([tensor.numel() for tensor in tensors]).tolist()
     return [vector[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -93,6 +93,8 @@ class OptimizerState:
 
     def moves_as(self, other: OptimizerState) -> bool:
         """The relative rates of its parameters are still those of another state."""
+        if self.shares == other.shares:
+            return True
         pairs = zip(self.shares, other.shares, strict=True)
         return all(math.isclose(a, b, rel_tol=_SAME_SHARES) for a, b in pairs)
 
@@ -132,11 +134,15 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         )
         count = len(groups)
         return OptimizerState(name, float(groups[0]["lr"]), 0, 0, (0.0,) * count, why, shares=(1.0,) * count)
-    settings = [family.settings(group) for group in groups]
+    # Groups are few and parameters many: this is read at every step.
+    read = {id(group): family.settings(group) for group in optimizer.param_groups}
+    indices = [id(group) for group in groups]
+    settings = [read[index] for index in dict.fromkeys(indices)]
     fastest = max(settings, key=lambda s: s.effective)
     same = len({(s.momentum, s.dampening, s.nesterov) for s in settings}) == 1
     top = fastest.effective
-    shares = tuple(s.effective / top if top > 0 else 1.0 for s in settings)
+    share = {index: s.effective / top if top > 0 else 1.0 for index, s in read.items()}
+    shares = tuple([share[index] for index in indices])
     withheld = unpredicted = ""
     if any(s.maximize for s in settings):
         withheld = "the optimizer maximises the loss"
@@ -159,7 +165,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         learning_rate=rate,
         momentum=momentum,
         dampening=dampening,
-        decays=tuple(s.decay for s in settings),
+        decays=tuple([read[index].decay for index in indices]),
         withheld=withheld,
         nesterov=same and fastest.nesterov and not withheld,
         shares=shares,

@@ -161,8 +161,8 @@ class ProbeEngine:
 
     @property
     def observed_steps(self) -> int:
-        """Used steps of the open window; 0 where none is open."""
-        return self._window.statistics.steps if self._window else 0
+        """Steps of the open window so far; 0 where none is open."""
+        return self._window.seen if self._window else 0
 
     @property
     def closing_due(self) -> bool:
@@ -418,6 +418,7 @@ class ProbeEngine:
         if window is None:
             return None
         with self.ledger.charge() as charge:
+            window.settle()
             later = self._revisit(window)
             changes = window.preconditioner_changes()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds

@@ -17,11 +17,12 @@ from sgd_probe.curvature.modes import ModeBasis
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled
-from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.projection import Projection, Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.step import Step
 
 #: A learning rate that changes by more than this share from one step to the next has jumped.
 JUMP = 0.1
@@ -86,11 +87,17 @@ class Window:
         self._last_rate = 0.0
         self._gradient_squares = 0.0
         self._now = self.optimizer
+        self._waiting: list[Step] = []
 
     @property
     def due(self) -> bool:
         """The planned number of steps has been seen."""
-        return self.statistics.steps + self.statistics.skipped >= self.plan.steps
+        return self.seen + self.statistics.skipped >= self.plan.steps
+
+    @property
+    def seen(self) -> int:
+        """Steps in the sums, and those that wait to be."""
+        return self.statistics.steps + len(self._waiting)
 
     @property
     def top(self) -> int:
@@ -104,29 +111,41 @@ class Window:
             draw: how its minibatch was drawn.
         """
         optimizer = read_optimizer(self.live, self.space.parameters)
-        projection = self.projector.project(optimizer.decay_factors)
-        usable = projection is not None and projection.finite
-        self._notice(optimizer)
-        if optimizer.decay_factors != self._now.decay_factors:
+        changed = optimizer.decay_factors != self._now.decay_factors
+        if changed:
             # What the new decay pulls at was not read before this step: begin with the next one.
+            self.settle()
             self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
-            usable = False
         self._now = optimizer
-        if projection is not None and usable:
+        self._notice(optimizer)
+        rates = optimizer.learning_rate, optimizer.effective_learning_rate
+        self._waiting.append(Step(draw, *rates, taken=self.projector.take(), usable=not changed))
+        if self.projector.full or self.due or not self.projector.waiting:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take the steps that wait into the sums."""
+        waiting, self._waiting = self._waiting, []
+        projections = iter(self.projector.project(self._now.decay_factors))
+        for step in waiting:
+            self._add(step, next(projections) if step.taken else None)
+
+    def _add(self, step: Step, projection: Projection | None) -> None:
+        if projection is not None and step.usable and projection.finite:
             gradient = projection.gradient + self._decay_at_origin + self._decay_since
             self.statistics = self.statistics.update(
                 self._position,
                 gradient,
                 projection.displacement,
-                optimizer.learning_rate,
-                optimizer.effective_learning_rate,
+                step.learning_rate,
+                step.effective_learning_rate,
                 u=self._force,
-                draw=draw,
+                draw=step.draw,
             )
             self.joint = self.joint.update(self._position[: self.top], gradient[: self.top])
             self._gradient_squares += projection.gradient_square
         else:
-            self.statistics = self.statistics.skip(draw)
+            self.statistics = self.statistics.skip(step.draw)
         if projection is not None and np.isfinite(projection.displacement).all():
             self._position = projection.displacement
             self._decay_since = projection.decay
@@ -187,7 +206,13 @@ class Window:
             TypeError: the certifying batches hold what cannot be stored safely.
         """
         kept = {name: pack(getattr(self, name)) for name in _KEPT}
-        return {**kept, "scaling": self.space.scaling, "origin": self.projector.origin}
+        projector = self.projector
+        return {
+            **kept,
+            "scaling": self.space.scaling,
+            "origin": projector.origin,
+            "rows": projector.rows(),
+        }
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any], space: ParameterSpace, live: torch.optim.Optimizer) -> Window:
@@ -209,6 +234,7 @@ class Window:
             images,
             state["origin"].to(device, dtype),
         )
+        projector.restore(state["rows"].to(device, dtype))
         window = cls(**values, space=space, live=live, projector=projector)
         for name, value in hidden.items():
             setattr(window, name, value)
@@ -235,6 +261,7 @@ _HIDDEN = (
     "_last_rate",
     "_gradient_squares",
     "_now",
+    "_waiting",
 )
 _KEPT = (
     *(f.name for f in dataclasses.fields(Window) if f.name not in ("space", "live", "projector")),
