@@ -20,7 +20,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 #: Steps that are projected together, at most, and the memory that they may take meanwhile.
-MOST_STEPS, MOST_BYTES = 8, 2**27
+MOST_STEPS, MOST_BYTES = 16, 2**27
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def steps_together(vector_bytes: int) -> int:
     Args:
         vector_bytes: of a vector of weights.
     """
-    return min(max(MOST_BYTES // (2 * max(vector_bytes, 1)), 1), MOST_STEPS)
+    steps = min(MOST_BYTES // (2 * max(vector_bytes, 1)), MOST_STEPS)
+    # Products with a multiple of eight vectors are the fast ones.
+    return max(steps - steps % 4 if steps > 4 else steps, 1)
 
 
 class Projector:
@@ -69,7 +71,6 @@ class Projector:
 
     Attributes:
         origin: theta_0.
-        waiting: number of steps taken and not projected yet.
     """
 
     def __init__(
@@ -87,12 +88,16 @@ class Projector:
         self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
         self._most = steps_together(basis.shape[1] * basis.element_size())
-        # Gradients of the steps that wait, then their displacements; a step's rows as the parameters' views.
-        self._rows = basis.new_zeros((2 * self._most, basis.shape[1]))
-        self._views = [self._shaped(row) for row in self._rows]
-        self._squares = basis.new_zeros(self._most)
-        self.waiting = 0
+        self._rows = basis.new_zeros((2, self._most, basis.shape[1]))
+        # A step finds cold caches: all that can be had before is.
+        self._places = [tuple(map(self._place, pair)) for pair in zip(*self._rows, strict=True)]
+        self._squares: list[Tensor] = []
         self.origin = self._weights() if origin is None else origin
+
+    @property
+    def waiting(self) -> int:
+        """Steps taken and not projected yet."""
+        return len(self._squares)
 
     @property
     def full(self) -> bool:
@@ -133,17 +138,15 @@ class Projector:
         present = [(index, gradient) for index, gradient in enumerate(gradients) if gradient is not None]
         if not present:
             return False
-        index, beside = self.waiting, self._most + self.waiting
-        row, views = self._rows[index], self._views[index]
+        (row, views), (moved, moved_views) = self._places[self.waiting]
         if len(present) < len(gradients):
             row.zero_()
         torch._foreach_copy_([views[at] for at, _ in present], [gradient for _, gradient in present])
         if self._scaling is not None:
             row.mul_(self._scaling)
-        self._squares[index] = row.dot(row)
-        torch._foreach_copy_(self._views[beside], self._parameters)
-        self._move(self._rows[beside])
-        self.waiting += 1
+        torch._foreach_copy_(moved_views, self._parameters)
+        self._move(moved)
+        self._squares.append(row.dot(row))
         return True
 
     @torch.no_grad()
@@ -155,44 +158,49 @@ class Projector:
         """
         if not self.waiting:
             return []
-        waiting, self.waiting = self.waiting, 0
-        modes, images, moved = len(self._basis), self._images, self._rows[self._most :]
+        squares, self._squares = torch.stack(self._squares), []
+        waiting = len(squares)
+        modes, images, moved = len(self._basis), self._images, self._rows[1]
         # Rows that nothing waits in, too: their number must not change how the others are rounded.
-        gradient, displacement = _products(self._basis, self._rows).split(self._most, dim=1)
+        both = _products(self._basis, self._rows.flatten(0, 1))
+        gradient, displacement = both[:, : self._most], both[:, self._most :]
         force = moved.new_empty((0, self._most)) if images is None else _products(images, moved)
         if len(set(decays)) == 1 and not (decays[0] and self._preconditioned_decay):
             decay = displacement * decays[0]
         else:
             decay = _products(self._basis, self._decay(moved, decays))
         # One transfer from the device for all the numbers of these steps.
-        numbers = torch.cat([gradient, displacement, decay, self._squares[None], force])
-        steps = np.ascontiguousarray(numbers[:, :waiting].double().cpu().numpy().T)
+        numbers = torch.cat([gradient, displacement, decay, force])[:, :waiting]
+        steps = np.ascontiguousarray(torch.cat([squares[None], numbers]).double().cpu().numpy().T)
         found = []
         for step in steps:
-            along, position, decayed = step[: 3 * modes].reshape(3, modes)
+            along, position, decayed = step[1 : 3 * modes + 1].reshape(3, modes)
             pulls = np.zeros((2, modes))
             if images is not None:
                 pulls[:, modes - len(images) // 2 :] = step[3 * modes + 1 :].reshape(2, -1)
-            found.append(Projection(along, position, decayed, float(step[3 * modes]), pulls))
+            found.append(Projection(along, position, decayed, float(step[0]), pulls))
         return found
 
     def rows(self) -> Tensor:
         """Gradients and displacements of the steps that wait, copied, shape (2, waiting, size)."""
-        return self._rows.unflatten(0, (2, self._most))[:, : self.waiting].clone()
+        return self._rows[:, : self.waiting].clone()
 
     def restore(self, rows: Tensor) -> None:
         """Let the steps of another projector's :meth:`rows` wait."""
-        self.waiting = rows.shape[1]
-        self._rows.unflatten(0, (2, self._most))[:, : self.waiting] = rows
-        for index in range(self.waiting):
-            self._squares[index] = self._rows[index].dot(self._rows[index])
+        count = rows.shape[1]
+        self._rows[:, :count] = rows
+        self._squares = [row.dot(row) for row in self._rows[0, :count]]
 
     @torch.no_grad()
     def _weights(self) -> Tensor:
         """A copy of the weights as they are, flat."""
-        flat = torch.empty_like(self._rows[0])
+        flat = torch.empty_like(self._basis[0])
         torch._foreach_copy_(self._shaped(flat), self._parameters)
         return flat
+
+    def _place(self, row: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A flat vector, and the same as views in the parameters' shapes."""
+        return row, self._shaped(row)
 
     def _shaped(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector in the parameters' shapes."""

@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ class OptimizerState:
     preconditioned: bool = False
     unpredicted: str = ""
 
-    @property
+    @cached_property
     def effective_learning_rate(self) -> float:
         """Displacement per unit of constant gradient and step, of the fastest parameters."""
         if not self.learning_rate > 0:
@@ -72,7 +73,7 @@ class OptimizerState:
         """Decay goes through P, as part of the gradient: on y it is ``S^2`` times as large."""
         return self.preconditioned and not self.decoupled
 
-    @property
+    @cached_property
     def decay_factors(self) -> tuple[float, ...]:
         """What pulls y back, per unit of y and effective learning rate (beside ``S^2``, see above)."""
         if self.decay_is_preconditioned or self.plain:
@@ -175,6 +176,31 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
     )
 
 
+class OptimizerReader:
+    """Reads the same optimizer at every step, and works out what it says only where it has changed.
+
+    Args:
+        optimizer: a torch optimizer.
+        parameters: the probed parameters, all of which it moves.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        family = _family(optimizer)
+        self._settings = _unknown if family is None else family.settings
+        self._said: list[Any] = []
+        self._state: OptimizerState | None = None
+
+    def read(self) -> OptimizerState:
+        """What :func:`read_optimizer` finds."""
+        groups = self._optimizer.param_groups
+        said = [(self._settings(group), list(map(id, group["params"]))) for group in groups]
+        if self._state is None or said != self._said:
+            self._said, self._state = said, read_optimizer(self._optimizer, self._parameters)
+        return self._state
+
+
 def read_scales(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], state: OptimizerState
 ) -> list[Tensor | float] | None:
@@ -235,6 +261,10 @@ class _Family(NamedTuple):
 
     settings: Callable[[dict[str, Any]], _Settings]
     denominator: Callable[[dict[str, Any], dict[str, Any]], Tensor] | None
+
+
+def _unknown(group: dict[str, Any]) -> _Settings:
+    return _Settings(float(group["lr"]), 0.0, 0.0, nesterov=False, maximize=False, decay=0.0, decoupled=False)
 
 
 def _sgd(group: dict[str, Any]) -> _Settings:

@@ -19,7 +19,7 @@ from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.projection import Projection, Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
-from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.optimizers import OptimizerReader, OptimizerState, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import WindowPlan
 from sgd_probe.engine.step import Step
@@ -88,6 +88,7 @@ class Window:
         self._gradient_squares = 0.0
         self._now = self.optimizer
         self._waiting: list[Step] = []
+        self._reader = OptimizerReader(self.live, self.space.parameters)
 
     @property
     def due(self) -> bool:
@@ -110,16 +111,18 @@ class Window:
         Args:
             draw: how its minibatch was drawn.
         """
-        optimizer = read_optimizer(self.live, self.space.parameters)
-        changed = optimizer.decay_factors != self._now.decay_factors
-        if changed:
-            # What the new decay pulls at was not read before this step: begin with the next one.
-            self.settle()
-            self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
-        self._now = optimizer
-        self._notice(optimizer)
+        optimizer = self._reader.read()
+        usable = True
+        if optimizer is not self._now:
+            if optimizer.decay_factors != self._now.decay_factors:
+                # What the new decay pulls at was not read before this step: begin with the next one.
+                self.settle()
+                self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
+                usable = False
+            self._notice(optimizer)
+            self._now = optimizer
         rates = optimizer.learning_rate, optimizer.effective_learning_rate
-        self._waiting.append(Step(draw, *rates, taken=self.projector.take(), usable=not changed))
+        self._waiting.append(Step(draw, *rates, taken=self.projector.take(), usable=usable))
         if self.projector.full or self.due or not self.projector.waiting:
             self.settle()
 

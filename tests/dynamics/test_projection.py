@@ -176,7 +176,8 @@ def test_steps_that_wait_move_to_another_projector_to_the_same_bits() -> None:
 
 
 def test_steps_that_wait_take_a_bounded_memory() -> None:
-    assert [steps_together(b) for b in (4, MOST_BYTES // 16, MOST_BYTES // 4, MOST_BYTES)] == [8, 8, 2, 1]
+    vectors = [4, MOST_BYTES // 32, MOST_BYTES // 31, MOST_BYTES // 6, MOST_BYTES]
+    assert [steps_together(vector) for vector in vectors] == [16, 16, 12, 3, 1]
 
 
 def test_precision_does_not_depend_on_what_the_training_is_content_with() -> None:
