@@ -134,14 +134,15 @@ class Projector:
         """
         if self.full:
             raise RuntimeError(f"expected `project` after every {self._most} steps, found one more step")
-        gradients = [_dense(parameter.grad) for parameter in self._parameters]
-        present = [(index, gradient) for index, gradient in enumerate(gradients) if gradient is not None]
+        gradients = [parameter.grad for parameter in self._parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
         if not present:
             return False
         (row, views), (moved, moved_views) = self._places[self.waiting]
         if len(present) < len(gradients):
             row.zero_()
-        torch._foreach_copy_([views[at] for at, _ in present], [gradient for _, gradient in present])
+            views = [view for view, gradient in zip(views, gradients, strict=True) if gradient is not None]
+        _copy(views, present)
         if self._scaling is not None:
             row.mul_(self._scaling)
         torch._foreach_copy_(moved_views, self._parameters)
@@ -249,9 +250,14 @@ def _full_precision() -> bool:
         return False
 
 
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    """Embeddings may have sparse gradients."""
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+def _copy(views: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy tensors into views of their shapes."""
+    try:
+        torch._foreach_copy_(views, tensors)
+    except RuntimeError:
+        # Embeddings may have sparse gradients. To ask every tensor first would take longer than to copy all.
+        dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+        torch._foreach_copy_(views, dense)
 
 
 def _pieces(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

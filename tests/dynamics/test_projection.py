@@ -326,3 +326,20 @@ def test_the_used_gradient_drives_the_momentum_recursion(
         ball.step(projection.gradient + at_origin + since, rate)
         np.testing.assert_allclose(projection.displacement, ball.position, rtol=1e-12, atol=1e-12)
         since = projection.decay
+
+
+def test_sparse_gradients_are_dense_ones() -> None:
+    """Those of an embedding beside a layer's, whose gradient is missing at times."""
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(6, 2, sparse=True), nn.Linear(2, 1)
+    parameters = [*head.parameters(), *embedding.parameters()]
+    projector = Projector(torch.eye(15), parameters)
+    head(embedding(torch.tensor([1, 4]))).sum().backward()
+    for missing in (False, True):
+        if missing:
+            parameters[0].grad = None
+        dense = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+        assert embedding.weight.grad is not None and embedding.weight.grad.is_sparse
+        assert projector.take()
+        (found,) = projector.project([0.0] * 3)
+        np.testing.assert_allclose(found.gradient, torch.cat([d.flatten() for d in dense]), rtol=1e-6)
