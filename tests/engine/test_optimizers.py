@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -225,7 +226,7 @@ def test_a_reader_follows_what_the_optimizer_says() -> None:
     def move() -> None:
         second["params"].append(first["params"].pop())
 
-    changes = [
+    changes: list[Callable[[], object]] = [
         lambda: None,
         lambda: first.update(lr=0.05),
         lambda: second.update(lr=torch.tensor(0.2)),
