@@ -1,9 +1,11 @@
 """What watching costs: the step with and without a window open, and whole runs against their budget.
 
-The step of a ResNet-20 and of a character transformer beside what an open window adds to it: the projection
-of gradient and displacement on k directions, and the running sums. "Reading the directions once" is one
-product with their matrix. Beside it the same loop under ``wandb.watch`` at its defaults, where wandb is
-installed. Then whole trainings with ``max_overhead`` of 2, 5 and 10%, and what the probe really took of them.
+The step of a ResNet-20 and of a character transformer beside what an open window adds to it: copies of
+gradient and displacement, their projections on k directions (for near-flat ones on two images Hv, too), the
+running sums, and what the optimizer says of itself. Against it stands the time of reading all those vectors
+once, by a sum or by a product with one vector, whichever is faster on this machine, from memory as a training
+leaves the caches. Beside it the same loop under ``wandb.watch`` at its defaults, where wandb is installed.
+Then whole trainings with ``max_overhead`` of 2, 5 and 10%, and what the probe really took of them.
 """
 
 from __future__ import annotations
@@ -26,9 +28,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sgd_probe import ProbeConfig, SGDProbe
+from sgd_probe.curvature.modes import ModeBasis
 from sgd_probe.dynamics.force import JointStatistics
-from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.projection import Projector, steps_together
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
+from sgd_probe.engine.optimizers import read_optimizer
+from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.probe import ProbeEngine
+from sgd_probe.engine.sampling import Sampling
+from sgd_probe.engine.step import Step
+from sgd_probe.engine.window import Window
 
 DIRECTIONS = (10, 20, 40)
 #: Of the directions, so many are stiff, and as many near-flat ones have images as the probe has by default.
@@ -53,68 +62,154 @@ class Loop:
 
 
 class Watch:
-    """What an open window does after a step."""
+    """What an open window does after a step: the window itself, on directions that were never looked for."""
 
     def __init__(self, loop: Loop, directions: int) -> None:
-        size = sum(parameter.numel() for parameter in loop.parameters)
-        self.basis = torch.randn(directions, size) / size**0.5
+        self.engine = ProbeEngine(
+            loop.model,
+            lambda module, batch: module(batch),
+            loop.optimizer,
+            ProbeConfig(),
+            sampling=Sampling("without_replacement", 1797, 64, 29),
+            planned_steps=10**6,
+        )
+        space = self.engine.space
+        size, optimizer = space.size, read_optimizer(loop.optimizer, space.parameters)
+        vectors = torch.randn(directions, size) / size**0.5
         images = torch.randn(2, FLAT, size) / size**0.5
-        self.projector = Projector(self.basis, loop.parameters, images=images)
-        self.decays = (0.0,) * len(loop.parameters)
-        self.statistics = WindowStatistics.empty(directions, 1000)
-        self.joint = JointStatistics.empty(directions - FLAT)
+        nothing: Any = (None,) * directions
+        basis = ModeBasis(vectors, nothing, 0, 1.0, 0.0, True, "", images=images)
+        self.window = Window(
+            index=0,
+            opened_at_step=0,
+            plan=WindowPlan(10**6, "as long as it takes"),
+            basis=basis,
+            space=space,
+            live=loop.optimizer,
+            optimizer=optimizer,
+            certifying=[],
+            samples_found=0,
+            samples_certified=0,
+            noise_trace=1.0,
+            decays=(0.0,) * directions,
+            resampled=None,
+            start_gradient=(),
+            radial=(),
+            statistics=WindowStatistics.empty(directions, 10**6),
+            joint=JointStatistics.empty(directions - FLAT),
+            projector=Projector(vectors, space.parameters, images=images),
+        )
+        self.engine._window = self.window
+        self.matrices = vectors, images
+        self.vector = torch.randn(size)
+        #: So many steps are projected together; what they cost is shared between them.
+        self.together = steps_together(vectors.element_size() * size)
 
-    def project(self) -> Any:
-        return self.projector.project(self.decays)
+    def observe(self) -> None:
+        self.engine.observe()
 
-    def add(self, projection: Any) -> None:
-        x, g = projection.displacement, projection.gradient
-        self.statistics = self.statistics.update(x, g, x, 0.01, 0.1, u=projection.force, draw=Draw(28.1))
-        self.joint = self.joint.update(x[: self.joint.products.shape[0] // 2], g[:-FLAT])
+    def sum(self) -> None:
+        """Read what there is to read, and do as little as possible with it."""
+        for matrix in self.matrices:
+            matrix.sum()
 
-    def __call__(self) -> None:
-        self.add(self.project())
+    def product(self) -> None:
+        """The same, and do what one vector needs."""
+        for matrix in self.matrices:
+            matrix @ self.vector
+
+    def parts(self) -> dict[str, float]:
+        """Median seconds a step of what it consists of."""
+        window, count = self.window, self.together
+        projector, decays = window.projector, (0.0,) * len(window.space.parameters)
+        step = Step(Draw(28.1), 0.01, 0.1, taken=True, usable=True)
+        seconds: dict[str, list[float]] = {name: [] for name in PARTS}
+        for _ in range(9):
+            window.settle()
+            taken = [_seconds(projector.take) for _ in range(count)]
+            start = _clock()
+            projections = projector.project(decays)
+            seconds["products"].append((_clock() - start) / count)
+            sums = [_seconds(lambda p=p: window._add(step, p)) for p in projections]
+            seconds["gathering vectors"].append(statistics.mean(taken))
+            seconds["running sums"].append(statistics.mean(sums))
+            seconds["reading the optimizer"].append(_seconds(window._reader.read))
+        return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def timed(work: Callable[[], object], repeats: int = 30) -> float:
-    """Median seconds of some work."""
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
+PARTS = ("products", "gathering vectors", "running sums", "reading the optimizer")
 
 
-def steps(name: str, recipe: Recipe, batch_size: int, pairs: int) -> dict[str, Any]:
+def _clock() -> float:
+    """Of one thread its own time, which other work on the machine has no part in; else that of the wall."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = _clock()
+    work()
+    return _clock() - start
+
+
+def observed(loop: Loop, directions: int, rounds: int) -> dict[str, Any]:
+    """What a window adds to the steps of a loop, beside reading its directions once, by turns.
+
+    All begin with caches that hold something else, as a training leaves them.
+
+    Args:
+        loop: the training.
+        directions: k.
+        rounds: times that a whole number of observations is repeated.
+    """
+    watch, other = Watch(loop, directions), torch.randn(2**24)
+    stepping: list[float] = []
+    gathering: list[float] = []
+    projecting: list[float] = []
+    reading: dict[str, list[float]] = {"sum": [], "product": []}
+    for _ in range(rounds):
+        for found in (*[gathering] * (watch.together - 1), projecting):
+            stepping.append(_seconds(loop.step))
+            found.append(_seconds(watch.observe))
+            for name in reading:
+                other.add_(1.0)
+                reading[name].append(_seconds(getattr(watch, name)))
+    step = statistics.median(stepping)
+    # All observations but the last of each round only gather; the last one projects for all.
+    once = statistics.median(projecting)
+    share = 1 / watch.together
+    whole = once * share + (statistics.median(gathering) * (1 - share) if gathering else 0.0)
+    read = {name: statistics.median(found) for name, found in reading.items()}
+    fastest = min(read.values())
+    parts = watch.parts()
+    rows = directions + 2 * FLAT
+    print(
+        f"  k = {directions}: {whole / step:.2%} of a step of {1e3 * step:.1f} ms, {1e3 * whole:.2f} ms; "
+        f"{whole / fastest:.2f} times reading the {rows} vectors once "
+        f"({4 * rows * len(watch.vector) / fastest / 1e9:.0f} GB/s), {whole / read['product']:.2f} times one "
+        f"product with them\n    of it: "
+        + ", ".join(f"{name} {seconds / sum(parts.values()):.0%}" for name, seconds in parts.items()),
+        flush=True,
+    )
+    return {
+        "overhead": whole / step,
+        "over_bandwidth": whole / fastest,
+        "over_product": whole / read["product"],
+    }
+
+
+def steps(name: str, recipe: Recipe, batch_size: int, rounds: int) -> dict[str, Any]:
     """Overheads of one network."""
-    loop, found = Loop(name, recipe, batch_size), {}
+    loop = Loop(name, recipe, batch_size)
+    watched = _wandb_watch(name, recipe, batch_size, 2 * rounds)
     size = sum(parameter.numel() for parameter in loop.parameters)
-    watched = _wandb_watch(name, recipe, batch_size, pairs)
     print(
         f"{name}: {size:,} weights, batches of {batch_size}; wandb.watch costs {_percent(watched)} of a step"
     )
-    for directions in DIRECTIONS:
-        watch = Watch(loop, directions)
-        # Each alone, one after the other: the difference of two steps of a training is all noise.
-        seconds = timed(loop.step, pairs)
-        whole, projection = timed(watch), watch.project()
-        projecting, sums = timed(watch.project), timed(lambda w=watch, p=projection: w.add(p))
-        vector = torch.randn(size)
-        reading = timed(lambda w=watch, v=vector: w.basis @ v)
-        found[f"k{directions}"] = {
-            "overhead": whole / seconds,
-            "over_bandwidth": whole / reading,
-            "sums_over_projection": sums / projecting,
-            "wandb_watch_overhead": watched,
-        }
-        print(
-            f"  k = {directions}: {whole / seconds:.2%} of a step of {1e3 * seconds:.1f} ms, "
-            f"{whole / reading:.2f} times reading the directions once (projection "
-            f"{projecting / reading:.2f}); sums {sums / projecting:.2f} of the projection",
-            flush=True,
-        )
-    return found
+    loop.step()
+    return {
+        f"k{directions}": observed(loop, directions, rounds) | {"wandb_watch_overhead": watched}
+        for directions in DIRECTIONS
+    }
 
 
 def _percent(share: float | None) -> str:
@@ -201,7 +296,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     recipes = SMALL if options.quick else FULL
     found: dict[str, Any] = {
-        name: steps(name, recipes[name], batch, 8 if options.quick else 20)
+        name: steps(name, recipes[name], batch, 6 if options.quick else 4)
         for name, batch in (("resnet", 64), ("transformer", 32))
     }
     found["budget"] = {}

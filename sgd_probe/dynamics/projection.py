@@ -1,4 +1,8 @@
-"""From gradients and weights of a step to a few numbers a mode, without keeping anything of the step.
+"""From gradients and weights of a step to a few numbers a mode.
+
+A product of the basis with several vectors reads it once for all of them, and costs a fraction of as many
+products with one. So a step's gradient and displacement are copied as the step passes, and a few steps are
+projected together: the numbers are those of one at a time, and a bounded number of vectors waits for them.
 
 With a scaling S all is in the coordinates ``y = S^-1 theta``: there the gradient is ``S g``.
 
@@ -16,6 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+
+#: Steps that are projected together, at most, and the memory that they may take meanwhile.
+MOST_STEPS, MOST_BYTES = 16, 2**27
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,23 @@ class Projection:
         return bool(np.isfinite(self.gradient).all() and np.isfinite(self.displacement).all())
 
 
+def steps_together(vector_bytes: int) -> int:
+    """Steps that a projector takes before it projects them: two vectors wait for each.
+
+    Args:
+        vector_bytes: of a vector of weights.
+    """
+    steps = min(MOST_BYTES // (2 * max(vector_bytes, 1)), MOST_STEPS)
+    # Products with a multiple of eight vectors are the fast ones.
+    return max(steps - steps % 4 if steps > 4 else steps, 1)
+
+
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
 class Projector:
-    """Projects live parameters and their gradients on a basis; keeps theta_0 and one vector to work in.
+    """Projects live parameters and their gradients on a basis; keeps theta_0 and the steps that wait.
 
     Args:
         basis: shape (k, size), contiguous rows over the flat layout of the parameters.
@@ -80,120 +98,205 @@ class Projector:
         self._preconditioned_decay = preconditioned_decay and scaling is not None
         self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
-        self._work = torch.zeros(basis.shape[1], dtype=basis.dtype, device=basis.device)
-        weights = self._weights()
-        self._views = [
-            piece.view(weight.shape)
-            for piece, weight in zip(_pieces(self._work, weights), weights, strict=True)
-        ]
-        self.origin = self._flat(weights).clone() if origin is None else origin
+        self._shapes = [part(parameter).shape for parameter in parameters]
+        self._most = steps_together(basis.shape[1] * basis.element_size())
+        self._rows = basis.new_zeros((2, self._most, basis.shape[1]))
+        # A step finds cold caches: all that can be had before is.
+        self._places = [tuple(map(self._place, pair)) for pair in zip(*self._rows, strict=True)]
+        self._squares: list[Tensor] = []
+        self.origin = self._weights() if origin is None else origin
+
+    @property
+    def waiting(self) -> int:
+        """Steps taken and not projected yet."""
+        return len(self._squares)
+
+    @property
+    def full(self) -> bool:
+        """The steps that wait must be projected before another is taken."""
+        return self.waiting == self._most
 
     def decay_at_origin(self, decays: Sequence[float]) -> Array:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
         if not any(decays):
             return np.zeros(len(self._basis))
-        origin = self.origin if self._scaling is None else self.origin / self._scaling
-        return self._project(self._decayed(origin, decays))
+        origin = self.origin.clone() if self._scaling is None else self.origin / self._scaling
+        return self._project(self._decay(origin[None], decays))
 
     def displacement(self) -> Array:
         """v.(theta - theta_0) of the weights as they are, shape (k,)."""
-        return self._project(self._moved())
+        return self._project(self._move(self._weights())[None])
 
     def norms(self) -> Array:
         """Norm of every parameter at theta_0 and as it is now, shape (2, parameters)."""
-        weights = self._weights()
-        then = torch.stack([piece.norm() for piece in _pieces(self.origin, weights)])
-        now = torch.stack([weight.detach().norm().to(then) for weight in weights])
+        then = torch.stack([piece.norm() for piece in _pieces(self.origin, self._shapes)])
+        now = torch.stack([weights.detach().norm().to(then) for weights in self._parts()])
         # The root of a square is the number itself, to the bit.
         norms: Array = self._reduce(torch.stack([then, now]).double().square()).sqrt().cpu().numpy()
         return norms
 
-    def project(self, decays: Sequence[float]) -> Projection | None:
-        """Read value and ``grad`` of every parameter.
-
-        Args:
-            decays: coupled weight decay of each parameter.
+    @torch.no_grad()
+    def take(self) -> bool:
+        """Copy value and ``grad`` of every parameter, as the step has left them.
 
         Returns:
-            The projections, or None where no parameter has a gradient: the step was skipped.
-        """
-        numbers = self.read(decays)
-        return None if numbers is None else self.complete([numbers])[0]
+            False where no parameter has a gradient: the step was skipped, and nothing of it waits.
 
-    def read(self, decays: Sequence[float]) -> Tensor | None:
-        """The same, as far as this process's parts go: float64 numbers for :meth:`complete`."""
-        gradients = [_dense(parameter.grad) for parameter in self._parameters]
-        if all(gradient is None for gradient in gradients):
-            return None
-        flat = self._flat([None if gradient is None else self._part(gradient) for gradient in gradients])
+        Raises:
+            RuntimeError: no further step can wait.
+        """
+        if self.full:
+            raise RuntimeError(f"expected `project` after every {self._most} steps, found one more step")
+        gradients = [parameter.grad for parameter in self._parameters]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            return False
+        (row, views), (moved, moved_views) = self._places[self.waiting]
+        if len(present) < len(gradients):
+            row.zero_()
+            views = [view for view, gradient in zip(views, gradients, strict=True) if gradient is not None]
+        _copy(views, [self._part(gradient) for gradient in present])
         if self._scaling is not None:
-            flat.mul_(self._scaling)
-        gradient, square = self._basis @ flat, flat @ flat
-        moved = self._moved()
-        displacement = self._basis @ moved
+            row.mul_(self._scaling)
+        torch._foreach_copy_(moved_views, self._parts())
+        self._move(moved)
+        self._squares.append(row.dot(row))
+        return True
+
+    def project(self, decays: Sequence[float]) -> list[Projection]:
+        """The projections of the steps that wait, oldest first; after it none waits.
+
+        Args:
+            decays: coupled weight decay of each parameter, at all of these steps.
+        """
+        return self.complete(self.read(decays))
+
+    @torch.no_grad()
+    def read(self, decays: Sequence[float]) -> Tensor:
+        """The same, as far as this process's parts go.
+
+        Returns:
+            Numbers for :meth:`complete`, float64, a row for every step.
+        """
+        if not self.waiting:
+            return self.nothing()[:0]
+        squares, self._squares = torch.stack(self._squares), []
+        waiting, images, moved = len(squares), self._images, self._rows[1]
+        # Rows that nothing waits in, too: their number must not change how the others are rounded.
+        both = _products(self._basis, self._rows.flatten(0, 1))
+        gradient, displacement = both[:, : self._most], both[:, self._most :]
+        force = moved.new_empty((0, self._most)) if images is None else _products(images, moved)
         if len(set(decays)) == 1 and not (decays[0] and self._preconditioned_decay):
             decay = displacement * decays[0]
         else:
-            decay = self._basis @ self._decayed(moved, decays)
-        force = moved.new_empty(0) if self._images is None else self._images @ moved
-        return torch.cat([square[None], gradient, displacement, decay, force]).double()
+            decay = _products(self._basis, self._decay(moved, decays))
+        numbers = torch.cat([gradient, displacement, decay, force])[:, :waiting]
+        return torch.cat([squares[None], numbers]).double().T
 
-    def complete(self, steps: Sequence[Tensor | None]) -> list[Projection]:
-        """What several steps amount to; all their numbers take one reduction and one transfer.
+    def nothing(self) -> Tensor:
+        """What :meth:`read` would return of a step without gradients: one row of NaN."""
+        images = 0 if self._images is None else len(self._images)
+        width = 1 + 3 * len(self._basis) + images
+        return torch.full((1, width), torch.nan, dtype=torch.float64, device=self._basis.device)
+
+    def complete(self, numbers: Tensor) -> list[Projection]:
+        """What steps amount to; all their numbers take one reduction and one transfer from the device.
 
         Args:
-            steps: what :meth:`read` has returned; None makes a projection of NaN.
+            numbers: rows of :meth:`read` and :meth:`nothing`.
         """
         modes, images = len(self._basis), 0 if self._images is None else len(self._images)
-        nothing = torch.full(
-            (1 + 3 * modes + images,), torch.nan, dtype=torch.float64, device=self._basis.device
-        )
-        rows = torch.stack([nothing if numbers is None else numbers for numbers in steps])
         found = []
-        for numbers in self._reduce(rows).cpu().numpy():
-            along, position, decayed = numbers[1 : 3 * modes + 1].reshape(3, modes)
+        for step in np.ascontiguousarray(self._reduce(numbers).cpu().numpy()):
+            along, position, decayed = step[1 : 3 * modes + 1].reshape(3, modes)
             pulls = np.zeros((2, modes))
             if images:
-                pulls[:, modes - images // 2 :] = numbers[3 * modes + 1 :].reshape(2, -1)
-            found.append(Projection(along, position, decayed, float(numbers[0]), pulls))
+                pulls[:, modes - images // 2 :] = step[3 * modes + 1 :].reshape(2, -1)
+            found.append(Projection(along, position, decayed, float(step[0]), pulls))
         return found
 
-    def _weights(self) -> list[Tensor]:
-        return [self._part(parameter) for parameter in self._parameters]
+    def rows(self) -> Tensor:
+        """Gradients and displacements of the steps that wait, copied, shape (2, waiting, size)."""
+        return self._rows[:, : self.waiting].clone()
 
-    def _moved(self) -> Tensor:
-        moved = self._flat(self._weights()).sub_(self.origin)
-        return moved if self._scaling is None else moved.div_(self._scaling)
+    def restore(self, rows: Tensor) -> None:
+        """Let the steps of another projector's :meth:`rows` wait."""
+        count = rows.shape[1]
+        self._rows[:, :count] = rows
+        self._squares = [row.dot(row) for row in self._rows[0, :count]]
 
     @torch.no_grad()
-    def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Lay tensors out in the working vector; None reads as zeros."""
-        if any(tensor is None for tensor in tensors):
-            self._work.zero_()
-        pairs = [(view, t) for view, t in zip(self._views, tensors, strict=True) if t is not None]
-        views, present = zip(*pairs, strict=True)
-        torch._foreach_copy_(list(views), list(present))
-        return self._work
+    def _weights(self) -> Tensor:
+        """A copy of the weights as they are, flat."""
+        flat = torch.empty_like(self._basis[0])
+        torch._foreach_copy_(self._shaped(flat), self._parts())
+        return flat
 
-    def _decayed(self, vector: Tensor, decays: Sequence[float]) -> Tensor:
-        scaled = vector.clone()
+    def _parts(self) -> list[Tensor]:
+        return [self._part(parameter) for parameter in self._parameters]
+
+    def _place(self, row: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A flat vector, and the same as views in the parameters' shapes."""
+        return row, self._shaped(row)
+
+    def _shaped(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat vector in the parameters' shapes."""
+        pieces = _pieces(flat, self._shapes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
+
+    def _move(self, weights: Tensor) -> Tensor:
+        """Turn flat weights into the displacement from theta_0, in place."""
+        weights.sub_(self.origin)
+        return weights if self._scaling is None else weights.div_(self._scaling)
+
+    def _decay(self, rows: Tensor, decays: Sequence[float]) -> Tensor:
+        """Multiply rows, shape (n, size), by the decay of each weight, in place."""
         if self._preconditioned_decay and self._scaling is not None:
-            scaled.mul_(self._scaling).mul_(self._scaling)
-        for piece, decay in zip(_pieces(scaled, self._views), decays, strict=True):
-            piece.mul_(decay)
-        return scaled
+            rows.mul_(self._scaling).mul_(self._scaling)
+        for columns, decay in zip(_pieces(rows.T, self._shapes), decays, strict=True):
+            columns.mul_(decay)
+        return rows
 
-    def _project(self, vector: Tensor) -> Array:
-        numbers: Array = self._reduce((self._basis @ vector).double()).cpu().numpy()
+    def _project(self, row: Tensor) -> Array:
+        numbers: Array = self._reduce(_products(self._basis, row)[:, 0].double()).cpu().numpy()
         return numbers
 
 
-def _dense(gradient: Tensor | None) -> Tensor | None:
-    """Embeddings may have sparse gradients."""
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+@torch.no_grad()
+def _products(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Products of the rows of a matrix with other rows, in full precision whatever the user is content with.
+
+    Autocast would round both. Of float32 a product of two matrices may keep a few digits only, where the user
+    allows it; a product with one vector keeps all.
+    """
+    kind = matrix.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            return _products(matrix, rows)
+    if matrix.dtype == torch.float32 and not _full_precision():
+        return torch.stack([torch.mv(matrix, row) for row in rows], dim=1)
+    return matrix @ rows.T
 
 
-def _pieces(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat vector, one per tensor."""
-    ends = np.cumsum([tensor.numel() for tensor in tensors]).tolist()
+def _full_precision() -> bool:
+    """Products of float32 matrices are in float32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for one backend alone, and nobody can say what holds
+        return False
+
+
+def _copy(views: list[Tensor], tensors: list[Tensor]) -> None:
+    """Copy tensors into views of their shapes."""
+    try:
+        torch._foreach_copy_(views, tensors)
+    except RuntimeError:
+        # Embeddings may have sparse gradients. To ask every tensor first would take longer than to copy all.
+        dense = [tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors]
+        torch._foreach_copy_(views, dense)
+
+
+def _pieces(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Views of a flat vector, or of the rows of a matrix like one, one per shape."""
+    ends = np.cumsum([shape.numel() for shape in shapes]).tolist()
     return [vector[start:end] for start, end in zip([0, *ends], ends, strict=False)]

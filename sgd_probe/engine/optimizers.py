@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class OptimizerState:
     preconditioned: bool = False
     unpredicted: str = ""
 
-    @property
+    @cached_property
     def effective_learning_rate(self) -> float:
         """Displacement per unit of constant gradient and step, of the fastest parameters."""
         if not self.learning_rate > 0:
@@ -73,7 +74,7 @@ class OptimizerState:
         """Decay goes through P, as part of the gradient: on y it is ``S^2`` times as large."""
         return self.preconditioned and not self.decoupled
 
-    @property
+    @cached_property
     def decay_factors(self) -> tuple[float, ...]:
         """What pulls y back, per unit of y and effective learning rate (beside ``S^2``, see above)."""
         if self.decay_is_preconditioned or self.plain:
@@ -94,6 +95,8 @@ class OptimizerState:
 
     def moves_as(self, other: OptimizerState) -> bool:
         """The relative rates of its parameters are still those of another state."""
+        if self.shares == other.shares:
+            return True
         pairs = zip(self.shares, other.shares, strict=True)
         return all(math.isclose(a, b, rel_tol=_SAME_SHARES) for a, b in pairs)
 
@@ -133,11 +136,15 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         )
         count = len(groups)
         return OptimizerState(name, float(groups[0]["lr"]), 0, 0, (0.0,) * count, why, shares=(1.0,) * count)
-    settings = [family.settings(group) for group in groups]
+    # Groups are few and parameters many: this is read at every step.
+    read = {id(group): family.settings(group) for group in optimizer.param_groups}
+    indices = [id(group) for group in groups]
+    settings = [read[index] for index in dict.fromkeys(indices)]
     fastest = max(settings, key=lambda s: s.effective)
     same = len({(s.momentum, s.dampening, s.nesterov) for s in settings}) == 1
     top = fastest.effective
-    shares = tuple(s.effective / top if top > 0 else 1.0 for s in settings)
+    share = {index: s.effective / top if top > 0 else 1.0 for index, s in read.items()}
+    shares = tuple([share[index] for index in indices])
     withheld = unpredicted = ""
     if any(s.maximize for s in settings):
         withheld = "the optimizer maximises the loss"
@@ -160,7 +167,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         learning_rate=rate,
         momentum=momentum,
         dampening=dampening,
-        decays=tuple(s.decay for s in settings),
+        decays=tuple([read[index].decay for index in indices]),
         withheld=withheld,
         nesterov=same and fastest.nesterov and not withheld,
         shares=shares,
@@ -168,6 +175,31 @@ def read_optimizer(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor
         preconditioned=family.denominator is not None,
         unpredicted=unpredicted,
     )
+
+
+class OptimizerReader:
+    """Reads the same optimizer at every step, and works out what it says only where it has changed.
+
+    Args:
+        optimizer: a torch optimizer.
+        parameters: the probed parameters, all of which it moves.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+        self._optimizer = optimizer
+        self._parameters = parameters
+        family = _family(optimizer)
+        self._settings = _unknown if family is None else family.settings
+        self._said: list[Any] = []
+        self._state: OptimizerState | None = None
+
+    def read(self) -> OptimizerState:
+        """What :func:`read_optimizer` finds."""
+        groups = self._optimizer.param_groups
+        said = [(self._settings(group), list(map(id, group["params"]))) for group in groups]
+        if self._state is None or said != self._said:
+            self._said, self._state = said, read_optimizer(self._optimizer, self._parameters)
+        return self._state
 
 
 def read_scales(
@@ -238,6 +270,10 @@ class _Family(NamedTuple):
 
     settings: Callable[[dict[str, Any]], _Settings]
     denominator: Callable[[dict[str, Any], dict[str, Any]], Tensor] | None
+
+
+def _unknown(group: dict[str, Any]) -> _Settings:
+    return _Settings(float(group["lr"]), 0.0, 0.0, nesterov=False, maximize=False, decay=0.0, decoupled=False)
 
 
 def _sgd(group: dict[str, Any]) -> _Settings:

@@ -18,6 +18,7 @@ from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.statistics import Draw, Epoch, Part, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState
 from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.step import Step
 from sgd_probe.result import Interval
 
 _CLASSES: dict[str, type] = {
@@ -35,6 +36,7 @@ _CLASSES: dict[str, type] = {
         Part,
         Quadrature,
         Resampled,
+        Step,
         WindowPlan,
         WindowStatistics,
     )

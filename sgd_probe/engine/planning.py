@@ -71,22 +71,27 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
     return product_gradients(config, kept) * (finding_products(config) + certifying)
 
 
-def most_vectors(config: ProbeConfig, basis_vectors: int) -> int:
-    """Vectors of weights that are held at once while a window opens, at most.
+def most_vectors(config: ProbeConfig, basis_vectors: int, waiting_steps: int = 0) -> int:
+    """Vectors of weights that are held at once while a window opens or watches, at most.
 
     Either the search holds most, with its basis and room for what is found after it, or the certification:
     the directions, the images of the top ones under two halves of the batches where the basis had room for
     them, and those of the others under both halves; the flat ones twice, and what two graphs at a time hold.
+    Or the open window does: with directions, images, the weights at its start, their scaling, and two vectors
+    of every step that waits to be projected.
 
     Args:
         config: how many directions.
         basis_vectors: that the eigensolver may hold.
+        waiting_steps: that are projected together.
     """
     rows = config.top + config.interior + config.flat
     overlap = 2 * config.top if 2 * config.top + rows <= basis_vectors else 0
     mixed = 2 * (rows - config.top)
     searching = basis_vectors + config.interior + config.flat + BLOCK_ROWS - 1 + 3
-    return max(searching, rows + overlap + mixed + config.flat + 8)
+    certifying = rows + overlap + mixed + config.flat + 8
+    watching = rows + mixed + 2 + 2 * waiting_steps
+    return max(searching, certifying, watching)
 
 
 def choose_curvature_batches(

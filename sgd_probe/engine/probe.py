@@ -38,7 +38,7 @@ from sgd_probe.curvature.sharded import ShardedDifferenceOperator, at_rest
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
-from sgd_probe.dynamics.projection import Projector
+from sgd_probe.dynamics.projection import Projector, steps_together
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.distributed import Processes
@@ -167,7 +167,7 @@ class ProbeEngine:
 
     @property
     def observed_steps(self) -> int:
-        """Used steps of the open window; 0 where none is open."""
+        """Steps of the open window so far; 0 where none is open."""
         return self._window.steps if self._window else 0
 
     @property
@@ -281,7 +281,7 @@ class ProbeEngine:
         self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
         self._window_seconds = self._cost.seconds * self._window_gradients
         graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
-        most = most_vectors(config, self._max_vectors())
+        most = most_vectors(config, self._max_vectors(), steps_together(self._vector_bytes))
         vectors = most * self._vector_bytes
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")

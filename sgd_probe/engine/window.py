@@ -19,9 +19,10 @@ from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.projection import Projection, Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
-from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.optimizers import OptimizerReader, OptimizerState, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.step import Step
 
 #: A learning rate that changes by more than this share from one step to the next has jumped.
 JUMP = 0.1
@@ -86,7 +87,10 @@ class Window:
         self._last_rate = 0.0
         self._gradient_squares = 0.0
         self._now = self.optimizer
-        self._read: list[tuple[OptimizerState, Draw, Tensor | None]] = []
+        self._reader = OptimizerReader(self.live, self.space.parameters)
+        self._seen = self.optimizer
+        self._waiting: list[Step] = []
+        self._numbers: list[Tensor] = []
 
     @property
     def due(self) -> bool:
@@ -95,8 +99,8 @@ class Window:
 
     @property
     def steps(self) -> int:
-        """Steps so far, with those that are not settled yet."""
-        return self.statistics.steps + len(self._read)
+        """Steps so far, with those that are not in the sums yet."""
+        return self.statistics.steps + len(self._waiting)
 
     @property
     def top(self) -> int:
@@ -109,28 +113,43 @@ class Window:
         Args:
             draw: how its minibatch was drawn.
         """
-        optimizer = read_optimizer(self.live, self.space.parameters)
-        self._read.append((optimizer, draw, self.projector.read(optimizer.decay_factors)))
-        if not self.space.divided:
+        optimizer = self._reader.read()
+        if optimizer is not self._seen:
+            if optimizer.decay_factors != self._seen.decay_factors:
+                self._read()  # what waits was pulled at by another decay
+            self._seen = optimizer
+        self._waiting.append(Step(draw, optimizer))
+        if not self.projector.take():
+            self._read()
+            self._numbers.append(self.projector.nothing())
+        elif self.projector.full:
+            self._read()
+        if not self.space.divided and (self.due or not self.projector.waiting):
             self.settle()
 
-    def settle(self) -> None:
-        """Take up the steps that were read; where weights are divided, all processes do so together."""
-        steps, self._read = self._read, []
-        if not steps:
-            return
-        projections = self.projector.complete([numbers for _, _, numbers in steps])
-        for (optimizer, draw, _), projection in zip(steps, projections, strict=True):
-            self._take_up(optimizer, draw, projection)
+    def _read(self) -> None:
+        """Turn the vectors that wait into numbers."""
+        if self.projector.waiting:
+            self._numbers.append(self.projector.read(self._seen.decay_factors))
 
-    def _take_up(self, optimizer: OptimizerState, draw: Draw, projection: Projection) -> None:
-        usable = projection.finite
-        self._notice(optimizer)
-        if optimizer.decay_factors != self._now.decay_factors:
-            # What the new decay pulls at was not read before this step: begin with the next one.
-            self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
-            usable = False
-        self._now = optimizer
+    def settle(self) -> None:
+        """Take the steps that wait into the sums; where weights are divided, all processes do so together."""
+        self._read()
+        steps, self._waiting = self._waiting, []
+        numbers, self._numbers = self._numbers, []
+        if steps:
+            for step, projection in zip(steps, self.projector.complete(torch.cat(numbers)), strict=True):
+                self._add(step, projection)
+
+    def _add(self, step: Step, projection: Projection) -> None:
+        usable, optimizer = projection.finite, step.optimizer
+        if optimizer is not self._now:
+            if optimizer.decay_factors != self._now.decay_factors:
+                # What the new decay pulls at was not read before this step: begin with the next one.
+                self._decay_at_origin = self.projector.decay_at_origin(optimizer.decay_factors)
+                usable = False
+            self._notice(optimizer)
+            self._now = optimizer
         if usable:
             gradient = projection.gradient + self._decay_at_origin + self._decay_since
             self.statistics = self.statistics.update(
@@ -140,12 +159,12 @@ class Window:
                 optimizer.learning_rate,
                 optimizer.effective_learning_rate,
                 u=self._force,
-                draw=draw,
+                draw=step.draw,
             )
             self.joint = self.joint.update(self._position[: self.top], gradient[: self.top])
             self._gradient_squares += projection.gradient_square
         else:
-            self.statistics = self.statistics.skip(draw)
+            self.statistics = self.statistics.skip(step.draw)
         if np.isfinite(projection.displacement).all():
             self._position = projection.displacement
             self._decay_since = projection.decay
@@ -212,7 +231,13 @@ class Window:
             TypeError: the certifying batches hold what cannot be stored safely.
         """
         kept = {name: pack(getattr(self, name)) for name in _KEPT}
-        return {**kept, "scaling": self.space.scaling, "origin": self.projector.origin}
+        projector = self.projector
+        return {
+            **kept,
+            "scaling": self.space.scaling,
+            "origin": projector.origin,
+            "rows": projector.rows(),
+        }
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any], space: ParameterSpace, live: torch.optim.Optimizer) -> Window:
@@ -236,6 +261,7 @@ class Window:
             part,
             space.reduce,
         )
+        projector.restore(state["rows"].to(device, dtype))
         window = cls(**values, space=space, live=live, projector=projector)
         for name, value in hidden.items():
             setattr(window, name, value)
@@ -262,6 +288,9 @@ _HIDDEN = (
     "_last_rate",
     "_gradient_squares",
     "_now",
+    "_seen",
+    "_waiting",
+    "_numbers",
 )
 _KEPT = (
     *(f.name for f in dataclasses.fields(Window) if f.name not in ("space", "live", "projector")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
+from sgd_probe.engine.optimizers import OptimizerReader, OptimizerState, read_optimizer, read_scales
 
 
 def parameters(count: int = 2) -> list[nn.Parameter]:
@@ -213,3 +214,39 @@ def test_one_line_for_people() -> None:
     assert read(momentum=0.9, dampening=0.1, weight_decay=0.01).describe() == (
         "SGD, learning rate 0.1, momentum 0.9, dampening 0.1, weight decay 0.01"
     )
+
+
+def test_a_reader_follows_what_the_optimizer_says() -> None:
+    """Schedules, settings, a group that is added and a parameter that changes its group."""
+    weights = parameters(3)
+    optimizer = torch.optim.SGD([{"params": weights[:2]}, {"params": weights[2:]}], lr=0.1, momentum=0.9)
+    reader = OptimizerReader(optimizer, weights)
+    first, second = optimizer.param_groups
+
+    def move() -> None:
+        second["params"].append(first["params"].pop())
+
+    changes: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: first.update(lr=0.05),
+        lambda: second.update(lr=torch.tensor(0.2)),
+        lambda: second["lr"].mul_(2),
+        lambda: second.update(weight_decay=0.3),
+        lambda: first.update(momentum=0.5),
+        move,
+        lambda: optimizer.add_param_group({"params": parameters(1)}),
+    ]
+    for change in changes:
+        change()
+        found = reader.read()
+        assert found == read_optimizer(optimizer, weights)
+        assert reader.read() is found
+
+
+def test_a_reader_of_an_optimizer_that_nobody_knows() -> None:
+    weights = parameters()
+    optimizer = torch.optim.Adagrad(weights, lr=0.1)
+    reader = OptimizerReader(optimizer, weights)
+    assert reader.read() == read_optimizer(optimizer, weights)
+    optimizer.param_groups[0]["lr"] = 0.2
+    assert reader.read().learning_rate == 0.2

@@ -120,6 +120,8 @@ class TestCurvatureBatches:
         assert most_vectors(config, 70) == 70 + 4 + 10
         # tests/curvature/test_memory.py measures them.
         assert [most_vectors(config, basis) for basis in (16, 34)] == [34, 54]
+        # Directions, two images of each flat one, start, scaling, and the steps that wait.
+        assert most_vectors(config, 16, waiting_steps=16) == 14 + 2 * 4 + 2 + 2 * 16
 
     def test_interior_modes_cost_their_certificates_and_two_products_together(self) -> None:
         found = [finding_products(ProbeConfig(interior=count)) for count in (0, 1, 5)]
