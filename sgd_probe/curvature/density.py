@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgd_probe.curvature.flat import Quadrature
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LinearOperator
 from sgd_probe.curvature.linear_algebra import dot, norm
@@ -59,6 +60,12 @@ class SpectralDensity:
     def squared_norm(self) -> float:
         """Sum of the squared eigenvalues (Frobenius norm squared): the probes' mean, unbiased."""
         return float(self._moments(2).mean())
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The mean of the probes' quadratures: ascending nodes, and weights that add up to one."""
+        nodes, where = torch.unique(self.nodes.flatten(), return_inverse=True)
+        weights = torch.zeros_like(nodes).index_add_(0, where, self.weights.flatten() / len(self.nodes))
+        return nodes[weights > 0], weights[weights > 0]
 
     @property
     def squared_norm_standard_error(self) -> float:
@@ -158,6 +165,45 @@ def spectral_density(
         weights[probe, :found] = shares
         products += found
     return SpectralDensity(nodes, weights, operator.size, products)
+
+
+def deflated_density(
+    known: Tensor, taken: Sequence[float], seen: Sequence[Quadrature], size: int
+) -> SpectralDensity | None:
+    """The density that a search for stiff and flat directions has seen on its way, at no product.
+
+    In an orthonormal basis that begins with the known vectors, their Rayleigh quotients and the trace of the
+    operator between the other vectors add up to its trace. The known part, which holds what is stiff, is
+    exact; of the rest, random vectors outside it see what such vectors see. The trace is unbiased; the squared
+    norm lacks what couples the two parts, which is little where the known one has converged.
+
+    Args:
+        known: Rayleigh quotients of the vectors that the random starts stayed away from, shape (k,).
+        taken: those of the directions that were found one by one, from one start each: a start stayed away
+            from the directions before its own.
+        seen: what each start saw outside.
+        size: dimension of the operator.
+
+    Returns:
+        One probe per start; None where there was no start.
+    """
+    if not seen:
+        return None
+    rows = []
+    for index, quadrature in enumerate(seen):
+        inside = torch.cat([known, torch.tensor(list(taken[:index]), dtype=torch.float64)])
+        outside = 1 - len(inside) / size
+        nodes = torch.cat([inside, quadrature.nodes])
+        shares = torch.cat([torch.full_like(inside, 1 / size), outside * quadrature.weights])
+        nodes, order = nodes.sort()
+        rows.append((nodes, shares[order]))
+    steps = max(len(nodes) for nodes, _ in rows)
+    return SpectralDensity(
+        torch.stack([F.pad(n, (0, steps - len(n)), value=float(n[-1])) for n, _ in rows]),
+        torch.stack([F.pad(shares, (0, steps - len(shares))) for _, shares in rows]),
+        size,
+        products=0,
+    )
 
 
 def trace(

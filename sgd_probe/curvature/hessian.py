@@ -167,8 +167,36 @@ class HessianOperator:
         """Weight and flat gradient of every batch in turn."""
         return self._per_batch(self._gradient)
 
-    def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
-        like = torch.empty(self.size, dtype=self.space.dtype, device=self.space.device)
+    def losses(self, vector: Tensor, offsets: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+        """Weight of every batch in turn, and its losses along a line through the weights.
+
+        Args:
+            vector: direction of the line, shape (size,).
+            offsets: multiples of it.
+
+        Returns:
+            With each weight a tensor of shape (1 + len(offsets),): the loss at the weights, then how far it
+            rises above that at every offset. A graph is built for each and dropped.
+
+        Raises:
+            CurvatureError: a loss is not finite.
+        """
+        return self._per_batch(partial(self._losses, vector=vector, offsets=offsets), 1 + len(offsets))
+
+    def _losses(self, piece: CurvatureBatch, vector: Tensor, offsets: Sequence[float]) -> Tensor:
+        def loss(shift: list[Tensor] | None) -> float:
+            evaluation = self._aliased.evaluate(self.space, piece, shift)
+            self._check_reach(evaluation.loss)
+            return float(evaluation.loss.detach())
+
+        here = loss(None)
+        rises = [loss(self.space.split(offset * vector)) - here for offset in offsets]
+        return torch.tensor([here, *rises], dtype=self.space.dtype, device=self.space.device)
+
+    def _per_batch(
+        self, value: Callable[[CurvatureBatch], Tensor], length: int | None = None
+    ) -> Iterator[tuple[float, Tensor]]:
+        like = torch.empty(length or self.size, dtype=self.space.dtype, device=self.space.device)
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
             yield weight, work() if self._ranks is None else self._ranks.mean(work, like)

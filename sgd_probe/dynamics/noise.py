@@ -112,14 +112,14 @@ class Cancellation:
         low: of its interval.
         high: of its interval.
         expected: by the declared sampling.
-        correlation: of two different steps of an epoch, measured.
+        correlation: of two different steps of an epoch, measured, with its interval.
     """
 
     value: float
     low: float
     high: float
     expected: float
-    correlation: float
+    correlation: Interval
 
 
 def epoch_cancellation(statistics: WindowStatistics) -> Cancellation | None:
@@ -150,10 +150,6 @@ def epoch_cancellation(statistics: WindowStatistics) -> Cancellation | None:
     interval = chi_square_interval(float(np.median(shares)), epochs - 2)
     behind = statistics.diffusion_clock - statistics.epoch.squared_rates
     expected = max(statistics.past_clock / behind, 0.0) if behind > 0 else math.nan
-    return Cancellation(
-        interval.value,
-        interval.low,
-        interval.high,
-        expected,
-        (interval.value - 1) / (steps - 1) if steps > 1 else math.nan,
-    )
+    shares_left = (interval.value, interval.low, interval.high)
+    correlation = Interval(*((s - 1) / (steps - 1) if steps > 1 else math.nan for s in shares_left))
+    return Cancellation(*shares_left, expected, correlation)

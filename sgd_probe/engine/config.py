@@ -47,6 +47,8 @@ class ProbeConfig:
             unused weights look perfectly flat.
         sampling: how the loader draws; set it where "auto" cannot know.
         seed: of the probe's own random vectors.
+        slices: evaluate the loss along one stiff and one near-flat direction when a window opens, at
+            forward passes of the held-out batches worth about nine gradients of each.
         max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
             it rebuild them for every product; "auto" takes half of the free memory.
         max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
@@ -77,6 +79,7 @@ class ProbeConfig:
     min_noise_share: float = 1e-3
     sampling: SamplingChoice = "auto"
     seed: int = 0
+    slices: bool = True
     max_graph_bytes: int | Literal["auto"] = "auto"
     max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
@@ -137,6 +140,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         '"auto", "with_replacement" or "without_replacement"',
     ),
     ("seed", _integer(0), "an integer of at least 0"),
+    ("slices", lambda v: isinstance(v, bool), "True or False"),
     ("max_graph_bytes", _or("auto", _integer(0)), '"auto" or a number of bytes'),
     ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),

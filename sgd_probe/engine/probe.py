@@ -31,6 +31,7 @@ from sgd_probe.curvature.lanczos import most_products, smallest_basis
 from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
+from sgd_probe.curvature.slices import loss_slice
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
@@ -56,7 +57,7 @@ from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import summarise
 from sgd_probe.engine.window import Window, radial_shares
 from sgd_probe.isolation import isolated
-from sgd_probe.result import CostResult, WindowResult
+from sgd_probe.result import CostResult, LossSlice, WindowResult
 
 log = logging.getLogger("sgd_probe")
 
@@ -446,6 +447,7 @@ class ProbeEngine:
             norms=window.norms(),
             preconditioner_changes=changes,
             jumps=window.jumps,
+            slices=window.slices,
             optimizer=window.optimizer,
             sampling=self.sampling,
             samples_found=window.samples_found,
@@ -664,6 +666,11 @@ class ProbeEngine:
             self._turning_limit,
             optimizer.momentum,
         )
+        variances = [math.nan] * len(basis.modes)
+        if resampled is not None:
+            variances = [interval.value for interval in resampled.variance]
+        reach = _reach(basis, variances, trace / self._accumulation, optimizer, plan.steps)
+        slices, unsliced = self._slices(basis, certifying, space, reach)
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
@@ -695,8 +702,31 @@ class ProbeEngine:
                 optimizer.decay_is_preconditioned,
                 basis.images,
             ),
-            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
+            slices=slices,
+            warnings=[
+                note for note in (self._repeats(), _difference_note(operator, held_out), unsliced) if note
+            ],
         )
+
+    def _slices(
+        self, basis: ModeBasis, batches: Sequence[CurvatureBatch], space: ParameterSpace, reach: float
+    ) -> tuple[tuple[LossSlice, ...], str]:
+        """The loss along the stiffest and the flattest direction, and what to say where it failed."""
+        if not self.config.slices or not 0 < reach < math.inf:
+            return (), ""
+        chosen = [0] if (flattest := _flattest(basis)) is None else [0, flattest]
+        try:
+            with self._operator(batches, space, retain=False) as operator:
+                found = [loss_slice(operator, basis.vectors[index], reach) for index in chosen]
+        except WrongHessianError:
+            raise
+        except CurvatureError as error:
+            return (), f"The loss along its directions could not be measured: {error}."
+        names = (basis.modes[index].name for index in chosen)
+        return tuple(
+            LossSlice(name, s.offsets, s.rises, s.errors, s.loss)
+            for name, s in zip(names, found, strict=True)
+        ), ""
 
     def _resample(
         self, operator: HessianOperator, basis: ModeBasis
@@ -741,6 +771,35 @@ class ProbeEngine:
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
             return nothing
+
+
+#: How many diffusion lengths of its window a slice of the loss reaches to either side.
+_REACH = 3.0
+
+
+def _flattest(basis: ModeBasis) -> int | None:
+    flat = [index for index, mode in enumerate(basis.modes) if mode.flat]
+    curvature = [mode.certificate.effective_curvature for mode in basis.modes]
+    return min(flat, key=curvature.__getitem__) if flat else None
+
+
+def _reach(
+    basis: ModeBasis, variances: Sequence[float], trace: float, optimizer: OptimizerState, steps: int
+) -> float:
+    """How far a slice goes: some lengths that the flattest direction is expected to diffuse in its window.
+
+    Args:
+        basis: without a flat direction, a random one counts.
+        variances: of the noise of a step's gradient along each mode; NaN where unknown.
+        trace: of its covariance.
+        optimizer: as it stands.
+        steps: of the window.
+    """
+    flattest = _flattest(basis)
+    variance = math.nan if flattest is None else variances[flattest]
+    if not variance > 0:
+        variance = trace / basis.vectors.shape[1]
+    return _REACH * optimizer.effective_learning_rate * math.sqrt(max(variance, 0.0) * steps)
 
 
 def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) -> tuple[float, ...]:

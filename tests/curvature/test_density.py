@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgd_probe.curvature.density import SpectralDensity, TraceEstimate, spectral_density, trace
+from sgd_probe.curvature.density import (
+    SpectralDensity,
+    TraceEstimate,
+    deflated_density,
+    spectral_density,
+    trace,
+)
+from sgd_probe.curvature.flat import flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.krylov import BLOCK_ROWS
+from sgd_probe.curvature.lanczos import lanczos
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import isolated
 from tests.helpers.dense import Symmetric, dense_hessian, freeze, network_spectrum
@@ -267,3 +275,36 @@ def test_memory_is_that_of_the_steps() -> None:
     operator = Diagonal(200_000)
     spectral_density(operator, SINGLE, probes=3, steps=2 * BLOCK_ROWS)
     assert operator.most <= 2 * BLOCK_ROWS + 2 + 1  # and its own diagonal
+
+
+class TestWhatASearchHasSeen:
+    """The density that falls off a search for stiff and flat directions."""
+
+    spectrum = torch.cat(
+        [torch.tensor([50.0, 30.0, 20.0, 10.0, 8.0, 5.0, -3.0]), 0.5 * torch.linspace(0, 1, 293) ** 4]
+    ).double()
+
+    def searched(self, flat: int, **options: int) -> SpectralDensity | None:
+        operator = Symmetric.of(self.spectrum)
+        stiff = lanczos(operator, 5, DOUBLE, beside=flat, **options)
+        valley = flat_directions(operator, flat, stiff.krylov, 0.05, dimension=12)
+        return deflated_density(stiff.ritz_values, valley.rayleigh_quotients.tolist(), valley.seen, 300)
+
+    @pytest.mark.parametrize("options", [{}, {"max_vectors": 12}], ids=["once", "restarted"])
+    def test_it_has_the_trace_and_the_masses_of_the_spectrum(self, options: dict[str, int]) -> None:
+        spectrum, found = self.spectrum, self.searched(6, **options)
+        assert found is not None and found.products == 0
+        assert found.weights.sum(1).tolist() == pytest.approx([1.0] * 6)
+        assert found.trace == pytest.approx(float(spectrum.sum()), rel=0.04)
+        assert abs(found.trace - float(spectrum.sum())) < 4 * found.trace_standard_error
+        nodes, weights = found.merged()
+        assert torch.equal(nodes, nodes.sort().values) and float(weights.sum()) == pytest.approx(1.0)
+        for value in spectrum[:7].tolist():
+            near = (nodes - value).abs() < 0.05
+            assert float(weights[near].sum()) == pytest.approx(1 / 300, rel=0.05)
+        for level in (0.02, 0.1, 0.3):
+            share = float((spectrum < level).double().mean())
+            assert float(weights[nodes < level].sum()) == pytest.approx(share, abs=0.08)
+
+    def test_without_flat_directions_nothing_has_seen_the_bulk(self) -> None:
+        assert self.searched(0) is None
