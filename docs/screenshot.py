@@ -62,7 +62,7 @@ def style(keep: list[str]) -> str:
     if not keep:
         return ""
     others = "".join(f":not(#{name})" for name in keep)
-    header = "" if "header" in keep else "header { display: none }"
+    header = "nav { display: none } " + ("" if "header" in keep else "header { display: none }")
     return f"<style>main > section{others}, figure{others} {{ display: none }} {header}</style>"
 
 

@@ -174,8 +174,8 @@ def deflated_density(
 
     In an orthonormal basis that begins with the known vectors, their Rayleigh quotients and the trace of the
     operator between the other vectors add up to its trace. The known part, which holds what is stiff, is
-    exact; of the rest, random vectors outside it see what such vectors see. The trace is unbiased; the squared
-    norm lacks what couples the two parts, which is little where the known one has converged.
+    exact; of the rest, random vectors outside it see what such vectors see. The trace is unbiased; the
+    squared norm lacks what couples the two parts, which is little where the known one has converged.
 
     Args:
         known: Rayleigh quotients of the vectors that the random starts stayed away from, shape (k,).

@@ -669,8 +669,9 @@ class ProbeEngine:
         variances = [math.nan] * len(basis.modes)
         if resampled is not None:
             variances = [interval.value for interval in resampled.variance]
-        reach = _reach(basis, variances, trace / self._accumulation, optimizer, plan.steps)
-        slices, unsliced = self._slices(basis, certifying, space, reach)
+        length = _diffusion_length(basis, variances, trace / self._accumulation, optimizer, plan.steps)
+        wall = _wall(basis, variances[0] * self._accumulation / len(certifying))
+        slices, unsliced = self._slices(basis, certifying, space, _REACH * max(length, wall))
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
@@ -773,8 +774,11 @@ class ProbeEngine:
             return nothing
 
 
-#: How many diffusion lengths of its window a slice of the loss reaches to either side.
+#: A slice of the loss reaches to either side so many times as far as what it has to show: how far the
+#: flattest direction diffuses, and where the wall of the stiffest stands out ...
 _REACH = 3.0
+#: ... from the error of the mean gradient: at so many times that over the curvature they are as 2 to 1.
+_WALL = 4.0
 
 
 def _flattest(basis: ModeBasis) -> int | None:
@@ -783,10 +787,16 @@ def _flattest(basis: ModeBasis) -> int | None:
     return min(flat, key=curvature.__getitem__) if flat else None
 
 
-def _reach(
+def _wall(basis: ModeBasis, error_square: float) -> float:
+    """Where the stiffest direction rises clear of its gradient's error (squared; NaN where unknown: 0)."""
+    curvature = abs(basis.modes[0].certificate.eigenvalue)
+    return _WALL * math.sqrt(error_square) / curvature if error_square > 0 and curvature > 0 else 0.0
+
+
+def _diffusion_length(
     basis: ModeBasis, variances: Sequence[float], trace: float, optimizer: OptimizerState, steps: int
 ) -> float:
-    """How far a slice goes: some lengths that the flattest direction is expected to diffuse in its window.
+    """How far the flattest direction is expected to diffuse in its window.
 
     Args:
         basis: without a flat direction, a random one counts.
@@ -799,7 +809,7 @@ def _reach(
     variance = math.nan if flattest is None else variances[flattest]
     if not variance > 0:
         variance = trace / basis.vectors.shape[1]
-    return _REACH * optimizer.effective_learning_rate * math.sqrt(max(variance, 0.0) * steps)
+    return optimizer.effective_learning_rate * math.sqrt(max(variance, 0.0) * steps)
 
 
 def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) -> tuple[float, ...]:

@@ -284,15 +284,15 @@ class TestWhatASearchHasSeen:
         [torch.tensor([50.0, 30.0, 20.0, 10.0, 8.0, 5.0, -3.0]), 0.5 * torch.linspace(0, 1, 293) ** 4]
     ).double()
 
-    def searched(self, flat: int, **options: int) -> SpectralDensity | None:
+    def searched(self, flat: int, max_vectors: int | None = None) -> SpectralDensity | None:
         operator = Symmetric.of(self.spectrum)
-        stiff = lanczos(operator, 5, DOUBLE, beside=flat, **options)
+        stiff = lanczos(operator, 5, DOUBLE, beside=flat, max_vectors=max_vectors)
         valley = flat_directions(operator, flat, stiff.krylov, 0.05, dimension=12)
         return deflated_density(stiff.ritz_values, valley.rayleigh_quotients.tolist(), valley.seen, 300)
 
-    @pytest.mark.parametrize("options", [{}, {"max_vectors": 12}], ids=["once", "restarted"])
-    def test_it_has_the_trace_and_the_masses_of_the_spectrum(self, options: dict[str, int]) -> None:
-        spectrum, found = self.spectrum, self.searched(6, **options)
+    @pytest.mark.parametrize("max_vectors", [None, 12], ids=["once", "restarted"])
+    def test_it_has_the_trace_and_the_masses_of_the_spectrum(self, max_vectors: int | None) -> None:
+        spectrum, found = self.spectrum, self.searched(6, max_vectors)
         assert found is not None and found.products == 0
         assert found.weights.sum(1).tolist() == pytest.approx([1.0] * 6)
         assert found.trace == pytest.approx(float(spectrum.sum()), rel=0.04)
