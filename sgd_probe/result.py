@@ -147,6 +147,7 @@ class ModeResult:
         resampled_noise: noise variance from gradients of held-out batches at the window's start, the check on
             ``noise_variance``; unknown for fewer than eight batches.
         noise_correlation: of the noise of successive steps (0 for independent draws).
+        epoch_correlation: of the noise of two steps of an epoch, from whole epochs (five at least).
         noise_fading: noise variance in the window's last part over that in its first, where they differ
             significantly; else 1.
         drift: net displacement per optimizer step, with the interval that free diffusion gives it.
@@ -198,6 +199,7 @@ class ModeResult:
     undermined: bool = False
     resampled_noise: Interval = field(default_factory=Interval.unknown)
     noise_correlation: float = math.nan
+    epoch_correlation: Interval = field(default_factory=Interval.unknown)
     noise_fading: float = math.nan
     drift: Interval = field(default_factory=Interval.unknown)
     detrended_diffusion: Interval = field(default_factory=Interval.unknown)
@@ -241,6 +243,7 @@ class CurvatureResult:
         density_nodes: eigenvalues, ascending, that stand for the spectrum of the Hessian on the finding
             batches, as the search for the directions saw it; empty without flat directions.
         density_weights: share of all eigenvalues that each stands for; they add up to one.
+        density_widths: that share lies within so much of the node; zero for single eigenvalues.
     """
 
     lambda_max: float
@@ -259,6 +262,7 @@ class CurvatureResult:
     end_overlap: float = math.nan
     density_nodes: tuple[float, ...] = ()
     density_weights: tuple[float, ...] = ()
+    density_widths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,12 +61,6 @@ class SpectralDensity:
         """Sum of the squared eigenvalues (Frobenius norm squared): the probes' mean, unbiased."""
         return float(self._moments(2).mean())
 
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """The mean of the probes' quadratures: ascending nodes, and weights that add up to one."""
-        nodes, where = torch.unique(self.nodes.flatten(), return_inverse=True)
-        weights = torch.zeros_like(nodes).index_add_(0, where, self.weights.flatten() / len(self.nodes))
-        return nodes[weights > 0], weights[weights > 0]
-
     @property
     def squared_norm_standard_error(self) -> float:
         """Of :attr:`squared_norm`, from the scatter between probes; NaN for a single one."""
@@ -167,15 +161,37 @@ def spectral_density(
     return SpectralDensity(nodes, weights, operator.size, products)
 
 
-def deflated_density(
+@dataclass(frozen=True)
+class SeenDensity:
+    """A spectrum as a search for stiff and flat directions has seen it.
+
+    Attributes:
+        nodes: eigenvalues that stand for all of them, float64, shape (m,).
+        weights: share of the spectrum that each stands for, adding up to one, shape (m,).
+        widths: that share lies within so much of the node: zero for a Ritz value, half of the way between its
+            neighbours for a node of a quadrature, shape (m,).
+        size: dimension of the operator.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    widths: Tensor
+    size: int
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues, unbiased."""
+        return self.size * float(self.weights @ self.nodes)
+
+
+def seen_density(
     known: Tensor, taken: Sequence[float], seen: Sequence[Quadrature], size: int
-) -> SpectralDensity | None:
+) -> SeenDensity | None:
     """The density that a search for stiff and flat directions has seen on its way, at no product.
 
     In an orthonormal basis that begins with the known vectors, their Rayleigh quotients and the trace of the
     operator between the other vectors add up to its trace. The known part, which holds what is stiff, is
-    exact; of the rest, random vectors outside it see what such vectors see. The trace is unbiased; the
-    squared norm lacks what couples the two parts, which is little where the known one has converged.
+    exact; of the rest, random vectors outside it see what such vectors see.
 
     Args:
         known: Rayleigh quotients of the vectors that the random starts stayed away from, shape (k,).
@@ -185,25 +201,32 @@ def deflated_density(
         size: dimension of the operator.
 
     Returns:
-        One probe per start; None where there was no start.
+        None where there was no start.
     """
     if not seen:
         return None
-    rows = []
+    starts = len(seen)
+    before = torch.tensor(list(taken[: starts - 1]), dtype=torch.float64)
+    # A direction counts for the starts that came after it.
+    counted = torch.arange(starts - 1, 0, -1, dtype=torch.float64) / starts
+    parts = [
+        (known, torch.full_like(known, 1 / size), torch.zeros_like(known)),
+        (before, counted / size, torch.zeros_like(before)),
+    ]
     for index, quadrature in enumerate(seen):
-        inside = torch.cat([known, torch.tensor(list(taken[:index]), dtype=torch.float64)])
-        outside = 1 - len(inside) / size
-        nodes = torch.cat([inside, quadrature.nodes])
-        shares = torch.cat([torch.full_like(inside, 1 / size), outside * quadrature.weights])
-        nodes, order = nodes.sort()
-        rows.append((nodes, shares[order]))
-    steps = max(len(nodes) for nodes, _ in rows)
-    return SpectralDensity(
-        torch.stack([F.pad(n, (0, steps - len(n)), value=float(n[-1])) for n, _ in rows]),
-        torch.stack([F.pad(shares, (0, steps - len(shares))) for _, shares in rows]),
-        size,
-        products=0,
-    )
+        outside = 1 - (len(known) + index) / size
+        parts.append((quadrature.nodes, outside / starts * quadrature.weights, _widths(quadrature.nodes)))
+    nodes, weights, widths = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = nodes.argsort()
+    return SeenDensity(nodes[order], weights[order], widths[order], size)
+
+
+def _widths(nodes: Tensor) -> Tensor:
+    """Half of the way between the neighbours of each of some ascending nodes."""
+    gaps = nodes.diff()
+    if not len(gaps):
+        return torch.zeros_like(nodes)
+    return (torch.cat([gaps[:1], gaps]) + torch.cat([gaps, gaps[-1:]])) / 4
 
 
 def trace(

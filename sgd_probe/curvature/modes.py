@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.certify import Certificate, certify
-from sgd_probe.curvature.density import SpectralDensity, deflated_density
+from sgd_probe.curvature.density import SeenDensity, seen_density
 from sgd_probe.curvature.flat import Quadrature, flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.interior import interior_directions
@@ -85,7 +85,7 @@ class ModeBasis:
     message: str
     held_out_overlap: float = math.nan
     images: Tensor | None = None
-    density: SpectralDensity | None = None
+    density: SeenDensity | None = None
 
     @property
     def lambda_max(self) -> float:
@@ -197,7 +197,7 @@ def find_modes(
         message=stiff.message,
         held_out_overlap=certification.held_out_overlap,
         images=certification.images,
-        density=deflated_density(between.kept, valley.rayleigh_quotients.tolist(), valley.seen, finding.size),
+        density=seen_density(between.kept, valley.rayleigh_quotients.tolist(), valley.seen, finding.size),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 SamplingChoice = Literal["auto", "with_replacement", "without_replacement"]
 #: How Hessian-vector products are taken.
 SecondDerivatives = Literal["double_backward", "finite_differences"]
+#: When the modes are printed.
+Summary = Literal["end", "windows", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class ProbeConfig:
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
+        summary: print the table of a window's modes: of the last one when the training ends ("end"), of every
+            one ("windows"), or never ("off").
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -84,6 +88,7 @@ class ProbeConfig:
     max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
+    summary: Summary = "end"
     checkpoint_window: bool = False
 
     def __post_init__(self) -> None:
@@ -145,5 +150,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
+    ("summary", lambda v: v in ("end", "windows", "off"), '"end", "windows" or "off"'),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
 )

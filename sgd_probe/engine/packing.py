@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.certify import Certificate
-from sgd_probe.curvature.density import SpectralDensity
+from sgd_probe.curvature.density import SeenDensity
 from sgd_probe.curvature.flat import Quadrature
 from sgd_probe.curvature.modes import Mode, ModeBasis
 from sgd_probe.dynamics.force import JointStatistics
@@ -37,7 +37,7 @@ _CLASSES: dict[str, type] = {
         Part,
         Quadrature,
         Resampled,
-        SpectralDensity,
+        SeenDensity,
         WindowPlan,
         WindowStatistics,
     )

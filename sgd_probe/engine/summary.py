@@ -19,7 +19,7 @@ from sgd_probe.dynamics.diffusion import (
 )
 from sgd_probe.dynamics.force import ForceTest, JointRegression, force_test
 from sgd_probe.dynamics.guards import along_symmetry
-from sgd_probe.dynamics.noise import epoch_cancellation
+from sgd_probe.dynamics.noise import Cancellation, epoch_cancellation
 from sgd_probe.dynamics.verdict import (
     Evidence,
     Horizon,
@@ -54,6 +54,7 @@ class _Views:
     force: ForceTest
     predictions: Predictions
     free: Mapping[int, float]
+    cancellation: Cancellation | None
     withheld: str
 
     @classmethod
@@ -76,6 +77,7 @@ class _Views:
             predictions=predictions,
             # Of unit noise: it is proportional to the noise.
             free=dict(zip(lags, predictions.displacements(0.0, 1.0, lags)[0].tolist(), strict=True)),
+            cancellation=epoch_cancellation(statistics),
             withheld=withheld,
         )
 
@@ -90,9 +92,8 @@ def summarise(measured: Measured) -> WindowResult:
     mixed = sum(mode.mixed for mode in basis.modes)
     joint = _joint(measured)
     horizon = Horizon.of(statistics, measured.sampling.steps_per_epoch)
-    cancellation = epoch_cancellation(statistics)
+    cancellation = views.cancellation
     known = next((e for e in views.evidence if e is not None), None)
-    nodes, weights = _density(basis)
     return WindowResult(
         index=measured.index,
         opened_at_step=measured.opened_at_step,
@@ -122,8 +123,7 @@ def summarise(measured: Measured) -> WindowResult:
             converged=basis.converged,
             message=basis.message,
             self_test=measured.self_test,
-            density_nodes=nodes,
-            density_weights=weights,
+            **_density(basis),
         ),
         cost=measured.cost,
         modes=modes,
@@ -148,11 +148,12 @@ def summarise(measured: Measured) -> WindowResult:
     )
 
 
-def _density(basis: ModeBasis) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _density(basis: ModeBasis) -> dict[str, tuple[float, ...]]:
     if basis.density is None:
-        return (), ()
-    nodes, weights = basis.density.merged()
-    return tuple(nodes.tolist()), tuple(weights.tolist())
+        return {}
+    seen = basis.density
+    columns = {"nodes": seen.nodes, "weights": seen.weights, "widths": seen.widths}
+    return {f"density_{name}": tuple(column.tolist()) for name, column in columns.items()}
 
 
 def _stability_limit(predictions: Predictions) -> float:
@@ -270,6 +271,9 @@ def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
             Interval.unknown() if measured.resampled is None else measured.resampled.variance[index]
         ),
         noise_correlation=evidence.noise_correlation if evidence else math.nan,
+        epoch_correlation=(
+            Interval.unknown() if views.cancellation is None else views.cancellation.modes[index]
+        ),
         noise_fading=evidence.fading if evidence else math.nan,
         drift=_drift(measured, index, free),
         detrended_diffusion=detrended,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from sgd_probe.report.figures.style import Figure, canvas, ending, text, with_empty_note
+from sgd_probe.report.figures.style import INK, Figure, canvas, ending, text, with_empty_note
 from sgd_probe.report.wording import VERDICT_STYLES, share
 from sgd_probe.result import ModeResult, Verdict, WindowResult
 
@@ -28,7 +28,7 @@ def layers(result: WindowResult) -> Figure:
     plot = canvas("", "", entries=1, height=150 + 26 * max(len(names), 4))
     if flagged:
         plot.add_trace(_map(flagged, names, rows))
-    plot.update_layout(showlegend=False, margin={"b": 84, "t": 20})
+    plot.update_layout(showlegend=False, margin={"b": 64})
     plot.update_xaxes(
         tickvals=list(range(len(flagged))),
         ticktext=[f"{text(mode.name)}<br>{VERDICT_STYLES[mode.verdict].label}" for mode in flagged],
@@ -69,7 +69,8 @@ def _map(flagged: list[ModeResult], names: list[str], rows: list[list[float]]) -
         hoverinfo="text",
         zmin=0,
         zmax=1,
-        colorscale="Blues",
+        colorscale=[(0, "#f7f9fb"), (1, "#6aaed6")],
+        textfont={"color": INK},
         showscale=False,
         xgap=2,
         ygap=2,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from sgd_probe.report.figures.points import by_verdict, curvature, curvature_note, in_words
+from sgd_probe.report.figures.points import bare, by_verdict, curvature, curvature_note, in_words
 from sgd_probe.report.figures.style import (
     CURVATURE_AXIS,
     INK,
@@ -22,10 +22,8 @@ from sgd_probe.report.figures.style import (
     verdict_count,
     with_empty_note,
 )
-from sgd_probe.report.wording import VERDICT_STYLES, interval, number
+from sgd_probe.report.wording import interval, number
 from sgd_probe.result import Interval, ModeResult, WindowResult
-
-_Z95 = 1.96
 
 
 def noise(result: WindowResult) -> Figure:
@@ -49,57 +47,56 @@ def noise(result: WindowResult) -> Figure:
 
 
 def autocorrelation(result: WindowResult) -> Figure:
-    """Correlation of the noise of two steps, of an epoch and in succession, beside what it should be."""
+    """Correlation of the noise of two steps of an epoch, along each mode, beside what the loader makes it."""
     epoch, expected = _epoch_correlation(result), result.expected_epoch_correlation
-    modes = [mode for mode in result.modes if math.isfinite(mode.noise_correlation)]
-    plot = canvas("", "correlation of the noise of two steps", entries=verdict_count(modes) + 2)
+    modes = [mode for mode in result.modes if math.isfinite(mode.epoch_correlation.value)]
     told = math.isfinite(epoch.value)
+    plot = canvas("direction", "correlation of two steps", entries=verdict_count(modes) + 2, entry_width=190)
+    ends = [-0.7, len(modes) + 0.7]
+    positions = {mode.name: float(place) for place, mode in enumerate(modes, start=1)}
+    plot.add_traces(
+        by_verdict(modes, lambda mode: bare(positions[mode.name]), lambda mode: mode.epoch_correlation)
+    )
     if told:
         plot.add_trace(
             go.Scatter(
                 x=[0],
                 y=[epoch.value],
                 error_y=bars([epoch]),
-                name="of one epoch, all modes",
+                name="median mode",
                 mode="markers",
-                marker={"symbol": "star-diamond", "size": 12, "color": INK},
-                hovertext=[f"two steps of one epoch: {interval(epoch)}"],
+                marker={"symbol": "diamond-tall", "size": 13, "color": INK},
+                hovertext=[f"median mode: {interval(epoch)}"],
                 hoverinfo="text",
             )
         )
-    spread = _Z95 / math.sqrt(result.steps) if result.steps else math.nan
-    for verdict, style in VERDICT_STYLES.items():
-        chosen = [(place, mode) for place, mode in enumerate(modes, start=1) if mode.verdict is verdict]
-        if chosen:
-            plot.add_trace(_successive(chosen, style.label, style.symbol, style.colour, spread))
-    level = expected if math.isfinite(expected) else math.nan
-    if math.isfinite(level):
-        name = "independent draws: 0" if level == 0 else f"without replacement: −1/(n−1) = {number(level)}"
+    if told and math.isfinite(expected):
+        by_loader = "independent draws: 0" if expected == 0 else f"−1/(n−1) = {number(expected)}"
         plot.add_trace(
             go.Scatter(
-                x=[-0.7, len(modes) + 0.7],
-                y=[level, level],
-                name=name,
+                x=ends,
+                y=[expected, expected],
+                name=by_loader,
                 mode="lines",
-                line={"color": INK, "width": 1.4, "dash": "dot"},
+                line={"color": INK, "width": 1.6, "dash": "dot"},
                 hoverinfo="skip",
             )
         )
-    labels = ["one epoch" if told else "", *(text(mode.name) for mode in modes)]
-    plot.update_xaxes(
-        tickvals=list(range(len(labels))), ticktext=labels, range=[-0.7, len(modes) + 0.7], showgrid=False
-    )
+    labels = ["median", *(text(mode.name) for mode in modes)]
+    plot.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, range=ends, showgrid=False)
     plot.update_yaxes(zeroline=True, zerolinecolor=SOFT, zerolinewidth=1)
-    plot.update_layout(legend={"entrywidth": 190})
     return Figure(
         "autocorrelation",
         "Does an epoch cancel its noise?",
-        "A loader that visits every sample once makes any two steps of an epoch correlate by −1/(n−1) at "
-        "n steps an epoch, so that an epoch's noise adds up to nothing; the black mark is measured over "
-        "whole epochs (95% interval, five at least) and should lie on the dotted line, the coloured ones are "
-        "successive steps of each mode, whose bars are the 95% range of chance.",
-        with_empty_note(plot, [*modes, *([epoch] if told else [])]),
-        f"Two steps of one epoch correlate by {interval(epoch)}, expected {number(expected)}.",
+        "A loader that visits every sample once makes any two of the n steps of an epoch correlate by "
+        "−1/(n−1), so that an epoch's noise adds up to nothing; points (95% intervals, over whole epochs) on "
+        "the dotted line say that it does, points about zero that draws are independent, and points above "
+        "that something beside this noise moves the gradient.",
+        with_empty_note(plot, [epoch] if told else [], "this needs five whole epochs in a window"),
+        f"Two steps of one epoch correlate by {interval(epoch)} in the median mode, expected "
+        f"{number(expected)}."
+        if told
+        else "Fewer than five whole epochs lie in this window.",
     )
 
 
@@ -109,25 +106,6 @@ def _epoch_correlation(result: WindowResult) -> Interval:
     if math.isfinite(measured.value):
         return measured
     return Interval(result.epoch_correlation, math.nan, math.nan)
-
-
-def _successive(
-    placed: Sequence[tuple[int, ModeResult]], name: str, symbol: str, colour: str, spread: float
-) -> go.Scatter:
-    values = [mode.noise_correlation for _, mode in placed]
-    return go.Scatter(
-        x=[place for place, _ in placed],
-        y=finite(values),
-        error_y=bars([Interval(value, value - spread, value + spread) for value in values]),
-        name=name,
-        mode="markers",
-        marker={"symbol": symbol, "size": 8, "color": colour},
-        hovertext=[
-            f"<b>{text(mode.name)}</b><br>successive steps: {number(mode.noise_correlation)}"
-            for _, mode in placed
-        ],
-        hoverinfo="text",
-    )
 
 
 def _proportional_line(modes: Sequence[ModeResult]) -> go.Scatter | None:

@@ -42,6 +42,8 @@ _KERNEL = 0.2
 #: A lone eigenvalue peaks at one: the count is of what lies within a width of this.
 _WIDTH = _KERNEL * math.sqrt(2 * math.pi)
 _CURVE_POINTS = 240
+#: Pieces of the width over which a node of the bulk is spread.
+_PARTS = 9
 _MAP_ROWS = 72
 #: Below one eigenvalue, where the directions of the window are marked.
 _RUG, _FLOOR = 0.5, 0.3
@@ -240,8 +242,14 @@ class _Axis:
 def _counts(result: WindowResult, axis: _Axis, grid: Sequence[float]) -> list[float]:
     """Eigenvalues near each place of a grid; empty where no search has seen the bulk."""
     found = result.curvature
-    nodes = [axis.place(node) for node in found.density_nodes]
-    heights = [found.parameters * weight for weight in found.density_weights]
+    columns = (found.density_nodes, found.density_weights, found.density_widths)
+    spread = [
+        (axis.place(node + width * (2 * i + 1 - parts) / parts), found.parameters * weight / parts)
+        for node, weight, width in zip(*columns, strict=True)
+        for parts in ((_PARTS if width else 1),)
+        for i in range(parts)
+    ]
+    nodes, heights = [place for place, _ in spread], [height for _, height in spread]
     return [
         sum(
             h * math.exp(-0.5 * ((place - node) / _KERNEL) ** 2)

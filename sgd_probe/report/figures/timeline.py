@@ -112,6 +112,7 @@ def lambda_max(results: Sequence[WindowResult]) -> Figure:
         )
     )
     values = [value for value in (*found, *(h.value for h in held_out)) if math.isfinite(value)]
+    plot.update_xaxes(tickformat=",d")
     if values and min(values) > 0:
         plot.update_yaxes(rangemode="tozero")
     return Figure(
@@ -174,6 +175,7 @@ def edge_of_stability(results: Sequence[WindowResult]) -> Figure:
             hoverinfo="skip",
         )
     )
+    plot.update_xaxes(tickformat=",d")
     plot.update_yaxes(range=[min(0.0, 1.1 * min(values, default=0.0)), 1.15 * max([1.0, *values])])
     last = at_start[-1].value
     return Figure(

@@ -77,9 +77,12 @@ def _distance(mode: ModeResult, steps: int) -> tuple[float, str]:
     if mode.verdict in (Verdict.DIFFUSIVE, Verdict.DRIFTING):
         spread = 2 * mode.diffusion.value * steps
         return math.sqrt(spread) if spread >= 0 else math.nan, f"diffusion length after {steps} steps ±"
-    longest = mode.displacements[-1].measured.value if mode.displacements else math.nan
-    lag = mode.displacements[-1].lag if mode.displacements else 0
-    return math.sqrt(longest) if longest >= 0 else math.nan, f"typical displacement over {lag} steps ±"
+    point = next((p for p in mode.displacements if p.lag == mode.diffusion_lag), None)
+    spread = point.measured.value if point is not None else math.nan
+    return (
+        math.sqrt(spread) if spread >= 0 else math.nan,
+        f"typical displacement over {mode.diffusion_lag} steps ±",
+    )
 
 
 def _band(mode: ModeResult, distance: float, words: str) -> list[go.Scatter]:
