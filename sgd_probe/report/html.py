@@ -1,35 +1,32 @@
-"""One self-contained page from a run folder: no network, no pickle, everything escaped."""
+"""The page of a run, from its folder: verdicts, modes, figures, and how it was measured at what cost."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import functools
 import json
 import math
-import os
-import re
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from sgd_probe.report.figures import Figure, all_figures
-from sgd_probe.report.run_folder import RUN_FILE, WINDOWS_FILE, RunFolder, read_run_folder
-from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus, share, steps
-from sgd_probe.result import ModeKind, ModeResult, Verdict, WindowResult
-
-#: Nothing may be fetched or sent: scripts and styles are in the page, images only as data.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'"
+from sgd_probe.report.figures import all_figures
+from sgd_probe.report.page import (
+    bullets,
+    facts,
+    figure_section,
+    page,
+    row,
+    section,
+    small,
+    table,
+    verdict_mark,
+    write_page,
 )
+from sgd_probe.report.run_folder import WINDOWS_FILE, RunFolder, read_run_folder
+from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus, share, steps
+from sgd_probe.result import ModeKind, ModeResult, WindowResult
+
 _LAYERS_SHOWN = 2
-_HEADING = re.compile(r'<section id="([a-z]+)"[^>]*><h2[^>]*>([^<]*)</h2>')
 
 
 def write_report(run_folder: Path, path: Path | None = None, *, running: bool = False) -> Path:
@@ -50,30 +47,6 @@ def write_report(run_folder: Path, path: Path | None = None, *, running: bool = 
     target = run_folder / "report.html" if path is None else path
     write_page(build_report(run_folder, running=running), target)
     return target
-
-
-def write_page(page: str, target: Path) -> None:
-    """Write a page, whole or not at all.
-
-    Raises:
-        FileNotFoundError: there is no folder to write it to.
-        ValueError: the target is a folder.
-    """
-    if target.is_dir():
-        raise ValueError(
-            f"expected a file to write the report to, found the folder {target}: add a file name"
-        )
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"expected a folder for the report, found none at {target.parent}: create it or choose another"
-        )
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
 
 
 def build_report(run_folder: Path, *, running: bool = False) -> str:
@@ -103,57 +76,23 @@ def build_report(run_folder: Path, *, running: bool = False) -> str:
     return page(f"sgd_probe report: {run.folder}", _header(run, running), sections, bool(figures))
 
 
-def page(title: str, header: str, sections: Sequence[str], with_figures: bool) -> str:
-    """A whole document: a header, a list of its sections, the sections, and what draws their figures.
-
-    Args:
-        title: of the window; escaped here.
-        header: HTML.
-        sections: HTML of each, as :func:`section` makes it; empty ones are left out.
-        with_figures: some section has one.
-    """
-    scripts = f"{_plotly()}<script>{_asset('report.js')}</script>" if with_figures else ""
-    links = "".join(
-        f'<li><a href="#{name}">{title}</a></li>' for name, title in _HEADING.findall("".join(sections))
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n"
-        f"<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
-        f'<a class="skip" href="#content">Skip to the content</a>\n{header}'
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main id="content">\n'
-        f"{''.join(sections)}</main>\n"
-        f"<footer><p>Made from {RUN_FILE} and {WINDOWS_FILE}; "
-        f"this page loads nothing from a network.</p></footer>\n{scripts}\n</body>\n</html>\n"
-    )
-
-
-@functools.cache
-def _plotly() -> str:
-    """Plotly's script, packed: it would be most of the page. The page's own script unpacks it."""
-    packed = base64.b64encode(zlib.compress(get_plotlyjs().encode(), 9)).decode()
-    return f'<script type="application/octet-stream" id="plotly">{packed}</script>'
-
-
 # Sections.
 
 
 def _header(run: RunFolder, running: bool) -> str:
     last = run.windows[-1] if run.windows else None
     words = headline(last) if last else "No window has closed yet"
-    facts = [f"Run {run.folder}"]
+    said = [f"Run {run.folder}"]
     if running and last:
-        facts.append(f"still training at step {last.closed_at_step}: reload this page for later windows")
+        said.append(f"still training at step {last.closed_at_step}: reload this page for later windows")
     if last:
-        facts += [
+        said += [
             f"{len(run.windows)} window{'s' if len(run.windows) > 1 else ''}",
             f"probe time {share(last.cost.fraction)} of the training time",
         ]
         if math.isfinite(last.expected_false_flags):
             flags = number(last.expected_false_flags, 2)
-            facts.append(f"about {flags} wrong flags expected by chance in the last window")
+            said.append(f"about {flags} wrong flags expected by chance in the last window")
     waiting = (
         ""
         if last
@@ -162,7 +101,7 @@ def _header(run: RunFolder, running: bool) -> str:
     )
     return (
         f'<header><p class="eyebrow">sgd_probe report</p><h1>{escape(words)}</h1>'
-        f'<p class="facts">{escape(" · ".join(facts))}</p>{waiting}</header>\n'
+        f'<p class="facts">{escape(" · ".join(said))}</p>{waiting}</header>\n'
     )
 
 
@@ -262,25 +201,6 @@ def _reservation(mode: ModeResult) -> str:
     return "mixed direction" if mode.mixed else "not converged"
 
 
-def figure_section(figures: Sequence[Figure]) -> str:
-    """Figures, each with how to read it."""
-    script_note = "<noscript><p>The figures need JavaScript; the tables hold the same numbers.</p></noscript>"
-    return section("figures", "Figures", script_note + "".join(map(_figure, figures)))
-
-
-def _figure(figure: Figure) -> str:
-    name = escape(figure.name)
-    # In JSON "<" occurs inside strings only, where its escape means the same and cannot end the script.
-    data = figure.plot.to_json().replace("<", "\\u003c")
-    return (
-        f'<figure id="figure-{name}"><figcaption><h3>{escape(figure.title)}</h3>'
-        f"<p><strong>How to read it.</strong> {escape(figure.how_to_read)}</p></figcaption>"
-        f'<div class="plot" data-figure="{name}" role="img" '
-        f'aria-label="{escape(f"{figure.title}. {figure.summary}")}"></div>'
-        f'<script type="application/json" data-for="{name}">{data}</script></figure>\n'
-    )
-
-
 def _history(results: Sequence[WindowResult]) -> str:
     columns = (
         ("Window", ""),
@@ -316,7 +236,7 @@ def _history_row(result: WindowResult) -> list[str]:
 
 def _measurement(result: WindowResult) -> str:
     found, cost = result.curvature, result.cost
-    facts = {
+    known = {
         "Optimizer": result.optimizer,
         "Displacements": f"in {result.coordinates}",
         "Sampling": result.sampling,
@@ -342,7 +262,7 @@ def _measurement(result: WindowResult) -> str:
             f"({share(cost.fraction)})"
         ),
     }
-    return section("measurement", "How the last window was measured, and its cost", _facts(facts))
+    return section("measurement", "How the last window was measured, and its cost", facts(known))
 
 
 def _preparation(run: RunFolder) -> str:
@@ -353,64 +273,10 @@ def _preparation(run: RunFolder) -> str:
         ("Probed parameters and their sizes", {key: str(value) for key, value in run.parameters.items()}),
     )
     details = "".join(
-        f"<details><summary>{title}</summary>{_facts(values)}</details>" for title, values in blocks if values
+        f"<details><summary>{title}</summary>{facts(values)}</details>" for title, values in blocks if values
     )
     return section("plan", "Plan and configuration", f"<h3>Plan at the start</h3>{plan}{details}")
 
 
-# Pieces.
-
-
-def section(name: str, title: str, body: str, css: str = "") -> str:
-    """A part of the page under its heading; ``body`` is HTML already."""
-    heading = f'<h2 id="{name}-title">{title}</h2>'
-    return f'<section id="{name}" class="{css}" aria-labelledby="{name}-title">{heading}{body}</section>\n'
-
-
-def table(caption: str, columns: Iterable[tuple[str, str]], body: str, name: str) -> str:
-    """A table in a scrolling container that the keyboard can reach; ``body`` is HTML already."""
-    head = "".join(f'<th scope="col">{title}{small(unit) if unit else ""}</th>' for title, unit in columns)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-caption">'
-        f'<table class="{name}"><caption id="{name}-caption"><span>{escape(caption)}</span></caption>'
-        f"<thead><tr>{head}</tr></thead>{body}</table></div>"
-    )
-
-
-def row(cells: Sequence[str]) -> str:
-    """A table row under its own header; the cells are HTML already."""
-    first, *rest = cells
-    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-
-
-def verdict_mark(verdict: Verdict, count: int | None = None) -> str:
-    """A verdict in colour and in words, with the number of its modes if given."""
-    style = VERDICT_STYLES[verdict]
-    many = "" if count is None else f' <span class="count">{count}</span>'
-    swatch = f'<i style="background:{style.colour}"></i>'
-    return f'<span class="verdict">{swatch}{escape(style.label)}{many}</span>'
-
-
-def small(text: str) -> str:
-    """A second line within a table cell."""
-    return f"<small>{escape(text)}</small>"
-
-
-def _facts(values: Mapping[str, str]) -> str:
-    items = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in values.items()
-    )
-    return f'<dl class="facts-list">{items}</dl>'
-
-
-def bullets(items: Iterable[str]) -> str:
-    """A list of plain texts."""
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
-
-
 def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _asset(name: str) -> str:
-    return (files("sgd_probe.report") / name).read_text(encoding="utf-8")

@@ -29,21 +29,38 @@ _MAX_CELL_TEXT_WINDOWS = 12
 
 def verdict_timeline(results: Sequence[WindowResult]) -> Figure:
     """The verdict of every mode name in every window as a coloured grid."""
+    plot = verdict_grid(results, [steps(result) for result in results], "window, by its first optimizer step")
+    plot.update_xaxes(window_axis(results))
+    return Figure(
+        "verdicts",
+        "Verdicts over the run",
+        "One row per name and one column per window, coloured by verdict; a name is a rank (top_01 is the "
+        "stiffest direction of its own window), so that a row need not follow one and the same direction.",
+        plot,
+        f"{len(results)} windows. {headline(results[-1])}.",
+    )
+
+
+def verdict_grid(results: Sequence[WindowResult], labels: Sequence[str], title: str) -> go.Figure:
+    """A row per mode name and a column per window, coloured by verdict.
+
+    Args:
+        results: the columns.
+        labels: what each is called.
+        title: of the columns.
+    """
     names = mode_names(results)
     order = list(VERDICT_STYLES)
-    plot = canvas(
-        "window, by its first optimizer step", "", entries=len(order), height=110 + 22 * max(len(names), 8)
-    )
+    plot = canvas(title, "", entries=len(order), height=110 + 22 * max(len(names), 8))
     cells = [{mode.name: mode for mode in result.modes} for result in results]
     rows = [[window.get(name) for window in cells] for name in names]
-    spans = [steps(result) for result in results]
     plot.add_trace(
         go.Heatmap(
             x=list(range(len(results))),
             y=list(range(len(names))),
             z=[[order.index(mode.verdict) if mode else None for mode in row] for row in rows],
             hovertext=[
-                [hover(mode, f"steps {span}") if mode else "" for mode, span in zip(row, spans, strict=True)]
+                [hover(mode, label) if mode else "" for mode, label in zip(row, labels, strict=True)]
                 for row in rows
             ],
             hoverinfo="text",
@@ -60,21 +77,19 @@ def verdict_timeline(results: Sequence[WindowResult]) -> Figure:
         plot.add_trace(_cell_codes(results, names))
     present = {mode.verdict for result in results for mode in result.modes}
     plot.add_traces([_colour_key(verdict) for verdict in order if verdict in present])
-    plot.update_xaxes(window_axis(results))
+    plot.update_xaxes(
+        tickvals=list(range(len(results))),
+        ticktext=list(labels),
+        range=[-0.5, max(len(results), 1) - 0.5],
+        showgrid=False,
+    )
     plot.update_yaxes(
         tickvals=list(range(len(names))),
         ticktext=[text(name) for name in names],
         range=[max(len(names), 1) - 0.5, -0.5],
         showgrid=False,
     )
-    return Figure(
-        "verdicts",
-        "Verdicts over the run",
-        "One row per name and one column per window, coloured by verdict; a name is a rank (top_01 is the "
-        "stiffest direction of its own window), so that a row need not follow one and the same direction.",
-        with_empty_note(plot, names),
-        f"{len(results)} windows. {headline(results[-1])}.",
-    )
+    return with_empty_note(plot, names)
 
 
 def lambda_max(results: Sequence[WindowResult]) -> Figure:
