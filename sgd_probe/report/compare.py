@@ -25,7 +25,7 @@ from sgd_probe.report.page import (
     write_page,
 )
 from sgd_probe.report.run_folder import WINDOWS_FILE, RunFolder, read_run_folder
-from sgd_probe.report.scaling import RunDiffusion, ratio, run_diffusion, testable
+from sgd_probe.report.scaling import RunDiffusion, comparable, ratio, run_diffusion
 from sgd_probe.report.wording import VERDICT_STYLES, horizon, interval, number, share, steps
 from sgd_probe.result import Interval, WindowResult
 
@@ -115,7 +115,7 @@ def build_comparison(found: Comparison) -> str:
 
 def _check(first: str, reference: RunDiffusion, name: str, run: RunDiffusion) -> str:
     for label, one in ((first, reference), (name, run)):
-        if not testable(one):
+        if not comparable(one):
             return (
                 f"{name} against {first}: D cannot be compared, for {label} has no near-flat direction that "
                 "diffuses (a shuffled loader cancels its noise within an epoch)."
@@ -137,8 +137,8 @@ def _ratios(reference: RunDiffusion, run: RunDiffusion) -> tuple[Interval, Inter
 def _check_table(found: Comparison) -> str:
     lead = (
         "<p>A flat direction diffuses by η²σ²/2 a step, so that D per unit time ηt is ησ²/2: proportional to "
-        "the learning rate where the noise variance σ² is the same. Only near-flat directions that were found "
-        "to diffuse count, of all windows at a run's last learning rate; intervals are 95%.</p>"
+        "the learning rate where the noise variance σ² is the same. Only near-flat directions that were "
+        "found to diffuse count, of all windows at a run's last learning rate; intervals are 95%.</p>"
     )
     columns = (
         ("Run", ""),
@@ -153,7 +153,7 @@ def _check_table(found: Comparison) -> str:
     reference = next(iter(found.diffusion.values()))
     rows = []
     for name, run in found.diffusion.items():
-        compared = run is not reference and testable(run) and testable(reference)
+        compared = run is not reference and comparable(run) and comparable(reference)
         per_time, per_noise = _ratios(reference, run) if compared else (None, None)
         rows.append(
             row(
@@ -193,7 +193,7 @@ _FACTS: tuple[tuple[str, Callable[[RunFolder, WindowResult], str]], ...] = (
 
 
 def _run_table(found: Comparison) -> str:
-    columns = (("", ""), *((name, "") for name in found.runs))
+    columns = (("", ""), *((escape(name), "") for name in found.runs))
     pairs = [(run, run.windows[-1]) for run in found.runs.values()]
     rows = [row([title, *(escape(says(run, last)) for run, last in pairs)]) for title, says in _FACTS]
     rows += [
@@ -215,7 +215,7 @@ def _settings(found: Comparison) -> str:
     differing = {key: values for key, values in told.items() if len(set(values)) > 1}
     if not differing:
         return section("settings", "Settings of the probe", "<p>They are the same in all runs.</p>")
-    columns = (("Knob", ""), *((name, "") for name in found.runs))
+    columns = (("Knob", ""), *((escape(name), "") for name in found.runs))
     rows = (row([escape(key), *map(escape, values)]) for key, values in differing.items())
     body = f"<tbody>{''.join(rows)}</tbody>"
     return section(

@@ -64,7 +64,7 @@ def ratio(one: Interval, other: Interval) -> Interval:
     return _from_log(log, error)
 
 
-def testable(run: RunDiffusion) -> bool:
+def comparable(run: RunDiffusion) -> bool:
     """It has directions that diffuse, and an interval for how fast."""
     return all(map(math.isfinite, (run.per_time.value, run.per_time.low, run.per_time.high)))
 
@@ -74,14 +74,15 @@ def _geometric_mean(
 ) -> Interval:
     """Of the first of some quantities over the product of the others, times a factor.
 
-    The interval is that of the modes' own intervals or that of their scatter, whichever is wider.
+    The interval is that of the modes' own intervals or that of their scatter, whichever is wider. A mean of
+    squares has a logarithm that is too small by half of its squared error, which is put back.
     """
     logs, errors = [], []
     for mode in modes:
         found = quantities(mode)
         if all(math.isfinite(q.value) and 0 < q.low <= q.value <= q.high < math.inf for q in found):
-            first, *others = found
-            logs.append(math.log(factor * first.value / math.prod(q.value for q in others)))
+            first, *others = [math.log(q.value) + _log_error(q) ** 2 / 2 for q in found]
+            logs.append(math.log(factor) + first - math.fsum(others))
             errors.append(math.hypot(*map(_log_error, found)))
     if not logs:
         return Interval.unknown()

@@ -21,6 +21,8 @@ _WORDS = 2
 _UNBROKEN = (0, 2, 3)
 #: Narrower than this a table breaks its rows, and wider it is hard to read.
 _NARROWEST, _WIDEST = 80, 120
+#: All columns take so many characters; where there are fewer, the last two are left out.
+_FULL = 100
 
 
 def window_summary(result: WindowResult, *, rich: bool | None = None, width: int | None = None) -> str:
@@ -35,7 +37,8 @@ def window_summary(result: WindowResult, *, rich: bool | None = None, width: int
         rich = importlib.util.find_spec("rich") is not None and sys.stdout.isatty() and sys.stderr.isatty()
     if width is None:
         width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
-    rows = [_row(mode) for mode in result.modes]
+    columns = len(_COLUMNS) if width >= _FULL else len(_COLUMNS) - 2
+    rows = [_row(mode)[:columns] for mode in result.modes]
     table = _rich_table(result, rows, width) if rich else _plain_table(rows)
     title = f"sgd_probe: window {result.index}, optimizer steps {steps(result)}"
     return "\n".join([title, f"  {result.optimizer}; {result.sampling}", "", table, "", *_notes(result)])
@@ -84,7 +87,8 @@ def _notes(result: WindowResult) -> list[str]:
 
 
 def _plain_table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (_COLUMNS, *rows)) for i in range(len(_COLUMNS))]
+    titles = _COLUMNS[: len(rows[0])] if rows else _COLUMNS
+    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
 
     def line(row: Sequence[str]) -> str:
         cells = enumerate(zip(row, widths, strict=True))
@@ -92,7 +96,7 @@ def _plain_table(rows: Sequence[Sequence[str]]) -> str:
         return text.rstrip()
 
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([line(_COLUMNS), rule, *map(line, rows)])
+    return "\n".join([line(titles), rule, *map(line, rows)])
 
 
 def _rich_table(result: WindowResult, rows: Sequence[Sequence[str]], width: int) -> str:
@@ -103,7 +107,7 @@ def _rich_table(result: WindowResult, rows: Sequence[Sequence[str]], width: int)
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(_COLUMNS):
+    for index, name in enumerate(_COLUMNS[: len(rows[0])] if rows else _COLUMNS):
         words = index < _WORDS
         table.add_column(name, justify="left" if words else "right", no_wrap=index in _UNBROKEN)
     for mode, (name, verdict, *numbers) in zip(result.modes, rows, strict=True):

@@ -21,7 +21,7 @@ from sgd_probe.report.figures.style import (
     with_empty_note,
 )
 from sgd_probe.report.figures.timeline import verdict_grid
-from sgd_probe.report.scaling import RunDiffusion, testable
+from sgd_probe.report.scaling import RunDiffusion, comparable
 from sgd_probe.report.wording import interval, number
 from sgd_probe.result import ModeResult, WindowResult
 
@@ -86,7 +86,7 @@ def diffusion_scaling(runs: Mapping[str, RunDiffusion]) -> Figure:
     plot = canvas(
         "effective learning rate η", "2 D / σ², per unit time", entries=len(runs) + 1, entry_width=_LEGEND
     )
-    known = {name: run for name, run in runs.items() if testable(run)}
+    known = {name: run for name, run in runs.items() if comparable(run)}
     for index, (name, run) in enumerate(runs.items()):
         if name in known:
             plot.add_traces(_scaled(name, run, index))
