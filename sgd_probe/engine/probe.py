@@ -777,8 +777,9 @@ class ProbeEngine:
 #: A slice of the loss reaches to either side so many times as far as what it has to show: how far the
 #: flattest direction diffuses, and where the wall of the stiffest stands out ...
 _REACH = 3.0
-#: ... from the error of the mean gradient: at so many times that over the curvature they are as 2 to 1.
-_WALL = 4.0
+#: ... from the error of the mean gradient (so many times that error over the curvature): at the end of the
+#: slice they are as 4 to 1.
+_WALL = 2.5
 
 
 def _flattest(basis: ModeBasis) -> int | None:

@@ -117,7 +117,7 @@ def density(result: WindowResult) -> Figure:
         "density",
         "The directions among all eigenvalues",
         "The line counts the eigenvalues of the Hessian within about 25% of each place (linear below "
-        f"{number(axis.linear)}): isolated peaks of height one are the stiff directions, the hill at zero is "
+        f"{number(axis.linear, 1)}): isolated peaks of height one are the stiff directions, the hill at zero is "
         "the bulk, whose inner structure this estimate does not resolve; marks are the directions of this "
         "window, their bars the residual within which a top mode's eigenvalue lies.",
         with_empty_note(plot, [*counts, *modes]),
@@ -211,6 +211,10 @@ class _Axis:
         values = [value for value in values if math.isfinite(value)]
         largest = max(map(abs, values)) or 1.0
         linear = 10.0 ** math.floor(math.log10(largest * _LINEAR_SHARE))
+        # Nor finer than what is known of the bulk at zero.
+        coarse = max((_width_at_zero(result) for result in results), default=0.0)
+        if coarse > linear:
+            linear = 10.0 ** math.ceil(math.log10(coarse / 3))
         places = [math.asinh(value / linear) for value in (min(values), max(values))]
         return cls(linear, places[0] - 1.0, places[1] + 1.0)
 
@@ -237,6 +241,13 @@ class _Axis:
             "ticktext": signs,
             "range": [self.low, self.high],
         }
+
+
+def _width_at_zero(result: WindowResult) -> float:
+    """Width of the node of the bulk that is nearest to zero."""
+    found = result.curvature
+    pairs = zip(found.density_nodes, found.density_widths, strict=True)
+    return min(((abs(node), width) for node, width in pairs if width > 0), default=(0.0, 0.0))[1]
 
 
 def _counts(result: WindowResult, axis: _Axis, grid: Sequence[float]) -> list[float]:

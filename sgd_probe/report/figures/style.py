@@ -103,7 +103,7 @@ def log_axis(values: Iterable[float]) -> dict[str, object]:
         decades = math.ceil((max(logs) - min(logs)) / 8)
         minor = {"ticks": "outside", "ticklen": 3, "tickcolor": SOFT}
         return {"type": "log", "dtick": decades, "minor": minor}
-    return {"type": "log"}
+    return {"type": "log", "dtick": "D2"}  # 1, 2, 5, 10, 20 ...
 
 
 def window_axis(results: Sequence[WindowResult]) -> dict[str, object]:
@@ -122,6 +122,8 @@ def with_empty_note(
 ) -> go.Figure:
     """Say so where there is nothing to draw."""
     if not content:
+        plot.update_xaxes(showticklabels=False, showgrid=False)
+        plot.update_yaxes(showticklabels=False, showgrid=False)
         plot.add_annotation(
             text=note,
             x=0.5,
