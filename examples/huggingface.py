@@ -21,7 +21,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from sgd_probe import ModeKind, WindowResult
-from sgd_probe.demo import describe
 from sgd_probe.integrations.huggingface import SGDProbeCallback
 
 LETTERS, LENGTH = 24, 12
@@ -93,7 +92,6 @@ def main() -> None:
     trainer, results = train(steps, window, arguments.output, probed=True)
 
     last = results[-1]
-    print(describe(last))
     for mine, its in zip(without.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(mine, its)
     print("\nThe weights are those of a training without the probe, bit for bit.")

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
-from sgd_probe.demo import describe
 
 BATCH_SIZE, EPOCH = 32, 100  # minibatches in what the loop calls an epoch
 
@@ -93,7 +92,6 @@ def main() -> None:
     without, _ = train(epochs, window, None)
     model, results = train(epochs, window, arguments.output)
 
-    print(describe(results[-1]))
     for mine, its in zip(without.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, its)
     print("\nThe weights are those of a training without the probe, bit for bit.")

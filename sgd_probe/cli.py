@@ -1,4 +1,4 @@
-"""The command line: ``sgd-probe report`` and ``sgd-probe demo``.
+"""The command line: ``sgd-probe report``, ``sgd-probe compare`` and ``sgd-probe demo``.
 
 What a command needs is imported when it runs, so that ``--help`` answers at once.
 """
@@ -56,12 +56,31 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="PATH", help="file to write (default: report.html in the run folder)"
     )
+    compare = commands.add_parser(
+        "compare", help="write one page of several runs", description="Write one page of several runs."
+    )
+    compare.add_argument(
+        "run_folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN_FOLDER",
+        help="two or more; the first is the reference",
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), metavar="PATH", help="file (%(default)s)"
+    )
     commands.add_parser("demo", help="train a small network with the probe (see demo --help)", add_help=False)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
-    # The demo never comes here, so the report is the only command left.
+    # The demo never comes here: it parses its own arguments.
+    if options.command == "compare":
+        from sgd_probe.report.compare import write_comparison
+
+        found = write_comparison(options.run_folders, options.output)
+        print(*found.checks(), options.output, sep="\n")
+        return 0
     from sgd_probe.report.html import write_report
 
     print(write_report(options.run_folder, options.output))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sgd_probe.result import ModeKind, ModeResult, Verdict, WindowResult
+from sgd_probe.result import WindowResult
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
@@ -57,88 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sgd-probe demo: no window closed; see the warnings above.", file=sys.stderr)
         return 1
     print(f"\nTraining loss {losses[0]:.3f} -> {losses[-1]:.3f}.")
-    print(describe(results[-1]))
     runs = sorted((output / "wandb").glob("offline-run-*"))
-    print(f"\nW&B run (offline; `wandb sync` uploads it): {_relative(runs[-1])}/" if runs else "\nno W&B run")
+    print(f"W&B run (offline; `wandb sync` uploads it): {_relative(runs[-1])}/" if runs else "no W&B run")
     print(f"Report (open it in a browser):              {_relative(output / 'sgd_probe' / 'report.html')}")
     return 0
-
-
-def describe(result: WindowResult) -> str:
-    """A table of the modes, the counts and the cost, as text."""
-    rows = [_HEADER, *(_row(mode) for mode in result.modes)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = [
-        "  ".join(cell.ljust(width) if i in (0, 6, 7) else cell.rjust(width) for i, (cell, width) in line)
-        for line in (enumerate(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    counts = ", ".join(f"{count} {verdict.value}" for verdict, count in result.counts().items() if count)
-    cost = result.cost
-    text = [
-        f"Window {result.index}: steps {result.opened_at_step} to {result.closed_at_step} "
-        f"({result.optimizer}; {result.sampling})",
-        "",
-        *(line.rstrip() for line in lines),
-        "",
-        "curvature: v.Hv on held-out batches for stiff modes, ||Hv||^2/|v.Hv| for near-flat ones; kappa: "
-        "predicted relaxation",
-        "times in the window; D: squared weight units per step; theory: D and verdict predicted from "
-        "curvature and noise alone.",
-        "",
-        f"{counts} of {len(result.modes)} modes; "
-        f"{result.expected_false_flags:.1f} of these flags are expected to be wrong.",
-        f"The probe has cost {cost.total_seconds:.1f} s, {cost.fraction:.0%} of the "
-        f"{cost.training_seconds:.1f} s of training (a step of this tiny network takes milliseconds).",
-    ]
-    text += [f"Warning: {warning}" for warning in result.warnings]
-    return "\n".join(text)
-
-
-_HEADER = (
-    "mode",
-    "curvature",
-    "residual",
-    "noise variance",
-    "kappa",
-    "D [95% interval]",
-    "verdict",
-    "theory",
-)
-
-
-def _row(mode: ModeResult) -> tuple[str, ...]:
-    stiff = mode.kind is ModeKind.TOP
-    curvature = (
-        f"{mode.held_out_eigenvalue:.3g} ± {mode.held_out_standard_error:.1g}"
-        if stiff
-        else f"{mode.effective_curvature:.2g}"
-    )
-    diffusion = mode.diffusion
-    verdict = mode.verdict.value + (f" ({mode.detail})" if mode.detail else "")
-    return (
-        mode.name,
-        curvature,
-        f"{mode.residual:.0e}",
-        f"{mode.noise_variance.value:.2e}",
-        f"{mode.relaxation_times:.1f}",
-        f"{diffusion.value:.1e} [{diffusion.low:.1e}, {diffusion.high:.1e}]",
-        verdict,
-        f"{mode.predicted_diffusion:.1e} {_expected(mode)}",
-    )
-
-
-def _expected(mode: ModeResult) -> str:
-    """What the predicted number of relaxation times leads one to expect."""
-    if mode.relaxation_times >= 20:
-        return Verdict.CONFINED.value
-    return Verdict.DIFFUSIVE.value if abs(mode.relaxation_times) < 3 else "in between"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sgd-probe demo", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--output", default="demo_run", help="folder of the results (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, metavar="ETA", help="of SGD (%(default)s)"
+    )
+    parser.add_argument(
+        "--shuffle", action="store_true", help="draw minibatches without replacement, as most trainings do"
+    )
     parser.add_argument("--quick", action="store_true", help="a shorter run")
     return parser.parse_args(argv)
 
@@ -172,7 +106,7 @@ def _train(arguments: argparse.Namespace, output: Path) -> tuple[list[WindowResu
     torch.set_num_threads(1)
     pl.seed_everything(arguments.seed, verbose=False)
     losses: list[float] = []
-    module = digits_module(length.approach, losses)
+    module = digits_module(length.approach, losses, arguments.learning_rate)
     probe = SGDProbe(
         top=10,
         flat=4,
@@ -192,13 +126,13 @@ def _train(arguments: argparse.Namespace, output: Path) -> tuple[list[WindowResu
         enable_model_summary=False,
         log_every_n_steps=50,
     )
-    trainer.fit(module, digits_loader())
+    trainer.fit(module, digits_loader(arguments.shuffle))
     logger.experiment.finish()
     return probe.results, losses
 
 
-def digits_loader() -> DataLoader[Any]:
-    """Scikit-learn's 1,797 digits in minibatches drawn with replacement."""
+def digits_loader(shuffle: bool = False) -> DataLoader[Any]:
+    """Scikit-learn's 1,797 digits in minibatches drawn with replacement, or shuffled without."""
     import torch
     from sklearn.datasets import load_digits
     from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -206,11 +140,15 @@ def digits_loader() -> DataLoader[Any]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     data = TensorDataset(images, torch.tensor(digits.target))
+    if shuffle:
+        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=True, drop_last=True)
     sampler = RandomSampler(data, replacement=True, num_samples=200 * BATCH_SIZE)
     return DataLoader(data, batch_size=BATCH_SIZE, sampler=sampler)
 
 
-def digits_module(approach_steps: int, losses: list[float]) -> LightningModule:
+def digits_module(
+    approach_steps: int, losses: list[float], learning_rate: float = LEARNING_RATE
+) -> LightningModule:
     """A network of 1,898 weights: SGD with momentum for so many steps, plain SGD from then on.
 
     Every hundredth training loss is appended to ``losses``.
@@ -249,7 +187,7 @@ def digits_module(approach_steps: int, losses: list[float]) -> LightningModule:
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(
-                self.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+                self.parameters(), lr=learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
             )
 
     return DigitsModule()

@@ -65,6 +65,7 @@ class LagPoint:
         measured: mean squared displacement (squared weight units) with a chi-square interval.
         discrete: what the discrete theory predicts from held-out curvature and measured noise.
         langevin: what the Langevin equation predicts from the same numbers.
+        free: what the discrete theory predicts of a perfectly flat mode with this noise.
     """
 
     lag: int
@@ -72,6 +73,26 @@ class LagPoint:
     measured: Interval
     discrete: float
     langevin: float
+    free: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class LossSlice:
+    """The training loss along one direction, through the weights at which a window opened.
+
+    Attributes:
+        mode: name of the direction.
+        offsets: displacements along it (weight units), ascending, zero in the middle.
+        rises: loss there minus the loss at zero, mean over the held-out samples.
+        errors: standard errors of the rises over the held-out batches (NaN for a single one).
+        loss: at zero.
+    """
+
+    mode: str
+    offsets: tuple[float, ...]
+    rises: tuple[float, ...]
+    errors: tuple[float, ...]
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +147,7 @@ class ModeResult:
         resampled_noise: noise variance from gradients of held-out batches at the window's start, the check on
             ``noise_variance``; unknown for fewer than eight batches.
         noise_correlation: of the noise of successive steps (0 for independent draws).
+        epoch_correlation: of the noise of two steps of an epoch, from whole epochs (five at least).
         noise_fading: noise variance in the window's last part over that in its first, where they differ
             significantly; else 1.
         drift: net displacement per optimizer step, with the interval that free diffusion gives it.
@@ -177,6 +199,7 @@ class ModeResult:
     undermined: bool = False
     resampled_noise: Interval = field(default_factory=Interval.unknown)
     noise_correlation: float = math.nan
+    epoch_correlation: Interval = field(default_factory=Interval.unknown)
     noise_fading: float = math.nan
     drift: Interval = field(default_factory=Interval.unknown)
     detrended_diffusion: Interval = field(default_factory=Interval.unknown)
@@ -217,6 +240,10 @@ class CurvatureResult:
         held_out_overlap: how nearly the top modes span a subspace that the held-out Hessian leaves alone:
             mean squared cosine with their images, in [0, 1].
         end_overlap: the same with the Hessian at the window's end: what is less has turned.
+        density_nodes: eigenvalues, ascending, that stand for the spectrum of the Hessian on the finding
+            batches, as the search for the directions saw it; empty without flat directions.
+        density_weights: share of all eigenvalues that each stands for; they add up to one.
+        density_widths: that share lies within so much of the node; zero for single eigenvalues.
     """
 
     lambda_max: float
@@ -233,6 +260,9 @@ class CurvatureResult:
     split_half_overlap: float = math.nan
     held_out_overlap: float = math.nan
     end_overlap: float = math.nan
+    density_nodes: tuple[float, ...] = ()
+    density_weights: tuple[float, ...] = ()
+    density_widths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,11 +319,15 @@ class WindowResult:
         epochs: the horizon of its verdicts in epochs; NaN where the loader has none.
         free_share: variance of a flat mode's net displacement over that under independent draws.
         epoch_correlation: of the noise of two steps of an epoch, measured; NaN before five whole epochs.
+        epoch_correlation_interval: its 95% interval.
         expected_epoch_correlation: the same by the declared sampling, ``-1 / (n - 1)``.
         pooled_diffusion: measured over free D, all diffusive flat modes together: 1 where noise explains it.
         joint_curvatures: eigenvalues of the regression of the stiff modes' gradients on their displacements,
             all at once: they do not mind the modes turning within their subspace.
         rate_jumps: steps at which the learning rate jumped by more than a tenth.
+        stability_limit: largest curvature at which the mean of a mode is stable under this optimizer: ``2 /
+            eta`` for plain SGD, ``2 (1 + mu) / eta`` with momentum; NaN where the theory does not cover it.
+        slices: the loss along the stiffest and the flattest direction, at the window's start.
     """
 
     index: int
@@ -323,6 +357,9 @@ class WindowResult:
     pooled_diffusion: Interval = field(default_factory=Interval.unknown)
     joint_curvatures: tuple[float, ...] = ()
     rate_jumps: int = 0
+    epoch_correlation_interval: Interval = field(default_factory=Interval.unknown)
+    stability_limit: float = math.nan
+    slices: tuple[LossSlice, ...] = ()
 
     def counts(self) -> dict[Verdict, int]:
         """Number of modes per verdict; every verdict is a key and the values add up to the modes."""
@@ -357,10 +394,9 @@ class WindowResult:
             values["cost"] = CostResult(**_fields(CostResult, values["cost"]))
             values["modes"] = tuple(_mode_from(mode) for mode in _list("modes", values["modes"]))
             values["warnings"] = _texts("warnings", values["warnings"])
-            if "pooled_diffusion" in values:
-                values["pooled_diffusion"] = _interval_from(values["pooled_diffusion"])
-            curvatures = _list("joint_curvatures", values.get("joint_curvatures", ()))
-            values["joint_curvatures"] = tuple(_checked(float, "joint_curvatures", c) for c in curvatures)
+            values["slices"] = tuple(
+                LossSlice(**_fields(LossSlice, item)) for item in _list("slices", values.get("slices", ()))
+            )
             return cls(**_fields(cls, values))
         except KeyError as error:
             raise ValueError(f"expected a whole window result, found none of its {error}") from error
@@ -385,11 +421,19 @@ _KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
 
 
 def _fields(cls: type, values: Any) -> dict[str, Any]:
-    """Check the plain fields of a class, and put NaN back where a float field reads ``null``."""
+    """Check the plain fields of a class and its intervals; a float field that reads ``null`` is NaN."""
     if not isinstance(values, Mapping):
         raise TypeError(f"{cls.__name__} should be an object, not {values!r}")
-    kinds = {f.name: _KINDS.get(str(f.type)) for f in dataclasses.fields(cls)}
-    return {key: _checked(kinds.get(key), key, value) for key, value in values.items()}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    return {key: _read(kinds.get(key, ""), key, value) for key, value in values.items()}
+
+
+def _read(kind: str, name: str, value: Any) -> Any:
+    if kind == "Interval":
+        return _interval_from(value)
+    if kind == "tuple[float, ...]":
+        return tuple(_checked(float, name, item) for item in _list(name, value))
+    return _checked(_KINDS.get(kind), name, value)
 
 
 def _checked(kind: type | None, name: str, value: Any) -> Any:
@@ -416,9 +460,6 @@ def _interval_from(data: Any) -> Interval:
     return Interval(**_fields(Interval, data))
 
 
-_INTERVALS = {f.name for f in dataclasses.fields(ModeResult) if str(f.type) == "Interval"}
-
-
 def _mode_from(data: Any) -> ModeResult:
     values = _fields(ModeResult, data)
     values["kind"] = ModeKind(values["kind"])
@@ -426,10 +467,7 @@ def _mode_from(data: Any) -> ModeResult:
     values["marks"] = _texts("marks", values["marks"])
     shares = dict(values["layer_shares"])
     values["layer_shares"] = {name: _checked(float, name, share) for name, share in shares.items()}
-    for key in _INTERVALS & set(values):
-        values[key] = _interval_from(values[key])
     values["displacements"] = tuple(
-        LagPoint(**{**_fields(LagPoint, point), "measured": _interval_from(point["measured"])})
-        for point in _list("displacements", values["displacements"])
+        LagPoint(**_fields(LagPoint, point)) for point in _list("displacements", values["displacements"])
     )
     return ModeResult(**values)

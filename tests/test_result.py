@@ -19,6 +19,7 @@ from sgd_probe.result import (
     CurvatureResult,
     Interval,
     LagPoint,
+    LossSlice,
     ModeKind,
     ModeResult,
     Verdict,
@@ -37,6 +38,7 @@ POINTS = st.builds(
     measured=INTERVALS,
     discrete=NUMBERS,
     langevin=NUMBERS,
+    free=NUMBERS,
 )
 
 
@@ -65,6 +67,7 @@ MODES = built(
 )
 WINDOWS = built(
     WindowResult,
+    slices=st.lists(built(LossSlice), max_size=2).map(tuple),
     curvature=built(CurvatureResult),
     cost=built(CostResult),
     modes=st.lists(MODES, max_size=2).map(tuple),
@@ -103,6 +106,22 @@ def test_round_trip_of_a_whole_window() -> None:
     found = WindowResult.from_dict(json.loads(json.dumps(window.to_dict(), allow_nan=False)))
     assert same(window, found)
     assert WindowResult.from_dict(window.to_dict()).counts() == window.counts()
+
+
+def test_a_window_of_an_older_version_is_read_and_what_it_lacks_is_unknown() -> None:
+    """Fields that came later than the schema are optional."""
+    data = make_window().to_dict()
+    for name in ("slices", "stability_limit", "epoch_correlation_interval", "joint_curvatures"):
+        del data[name]
+    for name in ("density_nodes", "density_weights", "density_widths"):
+        del data["curvature"][name]
+    for mode in data["modes"]:
+        del mode["epoch_correlation"]
+        for point in mode["displacements"]:
+            del point["free"]
+    found = WindowResult.from_dict(json.loads(json.dumps(data)))
+    assert found.slices == () and found.curvature.density_nodes == ()
+    assert math.isnan(found.stability_limit) and math.isnan(found.modes[0].displacements[0].free)
 
 
 def test_infinity_is_written_as_null() -> None:
@@ -183,6 +202,9 @@ def put(value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
         (put(["ab"], "modes", 0, "layer_shares"), "'b'"),
         (put(3, "modes", 0, "layer_shares"), "int"),
         (put("marked", "modes", 0, "marks"), "marks should be a list"),
+        (put([{"mode": "top_01"}], "slices"), "offsets"),
+        (put([["a"]], "slices"), "LossSlice should be an object"),
+        (put([0.1, "much"], "curvature", "density_nodes"), "density_nodes should be of type float"),
     ],
 )
 def test_broken_data_is_refused_by_name(damage: Callable[[dict[str, Any]], None], named: str) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sgd_probe.curvature.flat import Quadrature
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.curvature.lanczos import LinearOperator
 from sgd_probe.curvature.linear_algebra import dot, norm
@@ -158,6 +159,74 @@ def spectral_density(
         weights[probe, :found] = shares
         products += found
     return SpectralDensity(nodes, weights, operator.size, products)
+
+
+@dataclass(frozen=True)
+class SeenDensity:
+    """A spectrum as a search for stiff and flat directions has seen it.
+
+    Attributes:
+        nodes: eigenvalues that stand for all of them, float64, shape (m,).
+        weights: share of the spectrum that each stands for, adding up to one, shape (m,).
+        widths: that share lies within so much of the node: zero for a Ritz value, half of the way between its
+            neighbours for a node of a quadrature, shape (m,).
+        size: dimension of the operator.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    widths: Tensor
+    size: int
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues, unbiased."""
+        return self.size * float(self.weights @ self.nodes)
+
+
+def seen_density(
+    known: Tensor, taken: Sequence[float], seen: Sequence[Quadrature], size: int
+) -> SeenDensity | None:
+    """The density that a search for stiff and flat directions has seen on its way, at no product.
+
+    In an orthonormal basis that begins with the known vectors, their Rayleigh quotients and the trace of the
+    operator between the other vectors add up to its trace. The known part, which holds what is stiff, is
+    exact; of the rest, random vectors outside it see what such vectors see.
+
+    Args:
+        known: Rayleigh quotients of the vectors that the random starts stayed away from, shape (k,).
+        taken: those of the directions that were found one by one, from one start each: a start stayed away
+            from the directions before its own.
+        seen: what each start saw outside.
+        size: dimension of the operator.
+
+    Returns:
+        None where there was no start.
+    """
+    if not seen:
+        return None
+    starts = len(seen)
+    before = torch.tensor(list(taken[: starts - 1]), dtype=torch.float64)
+    # A direction counts for the starts that came after it.
+    counted = torch.arange(starts - 1, 0, -1, dtype=torch.float64) / starts
+    parts = [
+        (known, torch.full_like(known, 1 / size), torch.zeros_like(known)),
+        (before, counted / size, torch.zeros_like(before)),
+    ]
+    for index, quadrature in enumerate(seen):
+        outside = 1 - (len(known) + index) / size
+        parts.append((quadrature.nodes, outside / starts * quadrature.weights, _widths(quadrature.nodes)))
+    nodes, weights, widths = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    order = nodes.argsort()
+    return SeenDensity(nodes[order], weights[order], widths[order], size)
+
+
+def _widths(nodes: Tensor) -> Tensor:
+    """Half of the way between the neighbours of each of some ascending nodes."""
+    gaps = nodes.diff()
+    if not len(gaps):
+        return torch.zeros_like(nodes)
+    return (torch.cat([gaps[:1], gaps]) + torch.cat([gaps, gaps[-1:]])) / 4
 
 
 def trace(

@@ -126,10 +126,6 @@ class FiniteDifferenceOperator(HessianOperator):
         squares = [weights.detach().double().square().sum() for weights in self.space.parts]
         return math.sqrt(float(self.space.reduce(torch.stack(squares).sum())))
 
-    def _value(self, piece: CurvatureBatch, shift: Tensor) -> float:
-        """The loss with the weights shifted."""
-        return float(self._aliased.evaluate(self.space, piece, self.space.split(shift)).loss.detach())
-
     def _gradient(self, piece: CurvatureBatch, shift: Tensor | None = None) -> Tensor:
         """Its gradient with the weights shifted: a new tensor."""
         parts = None if shift is None else self.space.split(shift)

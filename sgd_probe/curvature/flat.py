@@ -58,6 +58,7 @@ class FlatResult:
         rayleigh_quotients: v.Hv on the operator's own samples, float64, shape (k,).
         product_norms: ``||Hv||`` on the operator's own samples, float64, shape (k,).
         quadratures: what each is a mixture of.
+        seen: what each random start sees of the spectrum outside the basis and the directions before it.
         products: matrix-vector products used.
     """
 
@@ -65,6 +66,7 @@ class FlatResult:
     rayleigh_quotients: Tensor
     product_norms: Tensor
     quadratures: tuple[Quadrature, ...]
+    seen: tuple[Quadrature, ...]
     products: int
 
 
@@ -111,6 +113,7 @@ def flat_directions(
         rayleigh_quotients=torch.tensor([d.rayleigh_quotient for d in found], dtype=torch.float64),
         product_norms=torch.tensor([d.product_norm for d in found], dtype=torch.float64),
         quadratures=tuple(d.quadrature for d in found),
+        seen=tuple(d.seen for d in found),
         products=products,
     )
 
@@ -121,6 +124,7 @@ class _Direction:
     rayleigh_quotient: float
     product_norm: float
     quadrature: Quadrature
+    seen: Quadrature
 
 
 class _OwnSpace:
@@ -175,6 +179,7 @@ class _OwnSpace:
             rayleigh_quotient=float(weights @ projected @ weights),
             product_norm=math.sqrt(max(float(weights @ squared @ weights), 0.0)),
             quadrature=Quadrature(values, (vectors.T @ weights).square()),
+            seen=Quadrature(values, vectors[0].square()),
         )
 
 

@@ -175,6 +175,34 @@ class HessianOperator:
         """Weight and flat gradient of every batch in turn."""
         return self._per_batch(self._gradient)
 
+    def losses(self, vector: Tensor, offsets: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+        """Weight of every batch in turn, and its losses along a line through the weights.
+
+        Args:
+            vector: direction of the line, shape (size,).
+            offsets: multiples of it.
+
+        Returns:
+            With each weight a tensor of shape (1 + len(offsets),): the loss at the weights, then how far it
+            rises above that at every offset. A graph is built for each and dropped.
+
+        Raises:
+            CurvatureError: a loss is not finite.
+        """
+        return self._per_batch(partial(self._losses, vector=vector, offsets=offsets))
+
+    def _losses(self, piece: CurvatureBatch, vector: Tensor, offsets: Sequence[float]) -> Tensor:
+        here = self._value(piece)
+        rises = [self._value(piece, offset * vector) - here for offset in offsets]
+        return torch.tensor([here, *rises], dtype=self.space.dtype, device=self.space.device)
+
+    def _value(self, piece: CurvatureBatch, shift: Tensor | None = None) -> float:
+        """Its loss, with the weights shifted."""
+        parts = None if shift is None else self.space.split(shift)
+        evaluation = self._aliased.evaluate(self.space, piece, parts)
+        self._check_reach(evaluation.loss)
+        return float(evaluation.loss.detach())
+
     @property
     def parts_of_batch(self) -> int:
         """Independent minibatches that a batch is made of, each with a gradient of its own: one a process."""

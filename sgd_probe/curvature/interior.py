@@ -36,6 +36,7 @@ class InteriorResult:
         residuals: ``||Hv - v.Hv v|| / |lambda_1|`` on those samples, float64, shape (k,).
         converged: which of them may be called eigenvectors, bool, shape (k,).
         quadratures: what each is a mixture of; None for an eigenvector.
+        kept: Ritz values of all that ``krylov`` holds now, float64.
         products: matrix-vector products used.
     """
 
@@ -44,6 +45,7 @@ class InteriorResult:
     residuals: Tensor
     converged: Tensor
     quadratures: tuple[Quadrature | None, ...]
+    kept: Tensor
     products: int
 
 
@@ -78,6 +80,7 @@ def interior_directions(
         residuals=residuals[found],
         converged=within[found],
         quadratures=tuple(mixtures.get(index) for index in range(found.start, found.stop)),
+        kept=values[: len(krylov)],
         products=INTERIOR_PRODUCTS if blended else 0,
     )
 

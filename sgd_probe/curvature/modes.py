@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe.curvature.certify import Certificate, certify
+from sgd_probe.curvature.density import SeenDensity, seen_density
 from sgd_probe.curvature.flat import Quadrature, flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.interior import interior_directions
@@ -72,6 +73,7 @@ class ModeBasis:
         converged: every top mode is within the tolerance.
         message: why the solver stopped.
         images: two held-out estimates of Hv of every direction that is no top one, shape (2, rows, size).
+        density: of the spectrum on the finding batches, as the search saw it; None without flat directions.
     """
 
     vectors: Tensor
@@ -83,6 +85,7 @@ class ModeBasis:
     message: str
     held_out_overlap: float = math.nan
     images: Tensor | None = None
+    density: SeenDensity | None = None
 
     @property
     def lambda_max(self) -> float:
@@ -195,6 +198,9 @@ def find_modes(
         message=stiff.message,
         held_out_overlap=certification.held_out_overlap,
         images=certification.images,
+        density=seen_density(
+            between.kept, valley.rayleigh_quotients.tolist(), valley.seen, finding.space.dimension
+        ),
     )
 
 

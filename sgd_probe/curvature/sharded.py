@@ -82,7 +82,7 @@ class ShardedDifferenceOperator(FiniteDifferenceOperator):
     def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
         return work()  # backward has taken the mean already
 
-    def _value(self, piece: CurvatureBatch, shift: Tensor) -> float:
+    def _value(self, piece: CurvatureBatch, shift: Tensor | None = None) -> float:
         value, _ = self._evaluate(piece, shift)
         total, count = self.space.reduce(torch.tensor([value, 1.0], dtype=torch.float64)).tolist()
         return float(total / count)

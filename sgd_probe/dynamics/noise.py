@@ -112,14 +112,16 @@ class Cancellation:
         low: of its interval.
         high: of its interval.
         expected: by the declared sampling.
-        correlation: of two different steps of an epoch, measured.
+        correlation: of two different steps of an epoch, measured, with its interval.
+        modes: the same for each mode.
     """
 
     value: float
     low: float
     high: float
     expected: float
-    correlation: float
+    correlation: Interval
+    modes: tuple[Interval, ...]
 
 
 def epoch_cancellation(statistics: WindowStatistics) -> Cancellation | None:
@@ -144,16 +146,20 @@ def epoch_cancellation(statistics: WindowStatistics) -> Cancellation | None:
         steps = float(np.sqrt(products[n, n, 0] / epochs))
         full = steps * statistics.regress().variance
         shares = np.maximum(left, 0.0) / full
-    shares = shares[np.isfinite(shares)]
-    if not len(shares):
+
+    def correlation(share: Interval) -> Interval:
+        ends = (share.value, share.low, share.high)
+        return Interval(*((end - 1) / (steps - 1) if steps > 1 else math.nan for end in ends))
+
+    if not np.isfinite(shares).any():
         return None
-    interval = chi_square_interval(float(np.median(shares)), epochs - 2)
+    interval = chi_square_interval(float(np.median(shares[np.isfinite(shares)])), epochs - 2)
     behind = statistics.diffusion_clock - statistics.epoch.squared_rates
-    expected = max(statistics.past_clock / behind, 0.0) if behind > 0 else math.nan
     return Cancellation(
         interval.value,
         interval.low,
         interval.high,
-        expected,
-        (interval.value - 1) / (steps - 1) if steps > 1 else math.nan,
+        expected=max(statistics.past_clock / behind, 0.0) if behind > 0 else math.nan,
+        correlation=correlation(interval),
+        modes=tuple(correlation(chi_square_interval(float(share), epochs - 2)) for share in shares),
     )

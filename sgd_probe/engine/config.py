@@ -11,6 +11,8 @@ from typing import Any, Literal
 SamplingChoice = Literal["auto", "with_replacement", "without_replacement"]
 #: How Hessian-vector products are taken.
 SecondDerivatives = Literal["double_backward", "finite_differences"]
+#: When the modes are printed.
+Summary = Literal["end", "windows", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +49,16 @@ class ProbeConfig:
             unused weights look perfectly flat.
         sampling: how the loader draws; set it where "auto" cannot know.
         seed: of the probe's own random vectors.
+        slices: evaluate the loss along one stiff and one near-flat direction when a window opens, at
+            forward passes of the held-out batches worth about nine gradients of each.
         max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
             it rebuild them for every product; "auto" takes half of the free memory.
         max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
+        summary: print the table of a window's modes: of the last one when the training ends ("end"), of every
+            one ("windows"), or never ("off").
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -77,10 +83,12 @@ class ProbeConfig:
     min_noise_share: float = 1e-3
     sampling: SamplingChoice = "auto"
     seed: int = 0
+    slices: bool = True
     max_graph_bytes: int | Literal["auto"] = "auto"
     max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
+    summary: Summary = "end"
     checkpoint_window: bool = False
 
     def __post_init__(self) -> None:
@@ -137,9 +145,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         '"auto", "with_replacement" or "without_replacement"',
     ),
     ("seed", _integer(0), "an integer of at least 0"),
+    ("slices", lambda v: isinstance(v, bool), "True or False"),
     ("max_graph_bytes", _or("auto", _integer(0)), '"auto" or a number of bytes'),
     ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
+    ("summary", lambda v: v in ("end", "windows", "off"), '"end", "windows" or "off"'),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
 )

@@ -11,7 +11,7 @@ from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState
 from sgd_probe.engine.sampling import Sampling
-from sgd_probe.result import CostResult
+from sgd_probe.result import CostResult, LossSlice
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Measured:
         norms: of every weight matrix, at its start and end.
         preconditioner_changes: along each mode, end over start; empty where nothing is preconditioned.
         jumps: steps at which the learning rate jumped.
+        slices: the loss along some of the modes at its start.
     """
 
     index: int
@@ -77,6 +78,7 @@ class Measured:
     norms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     preconditioner_changes: tuple[float, ...] = ()
     jumps: int = 0
+    slices: tuple[LossSlice, ...] = ()
 
 
 def decisive_curvature(mode: Mode, decay: float) -> float:

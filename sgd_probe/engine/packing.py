@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.certify import Certificate
+from sgd_probe.curvature.density import SeenDensity
 from sgd_probe.curvature.flat import Quadrature
 from sgd_probe.curvature.modes import Mode, ModeBasis
 from sgd_probe.dynamics.force import JointStatistics
@@ -19,7 +20,7 @@ from sgd_probe.dynamics.statistics import Draw, Epoch, Part, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState
 from sgd_probe.engine.planning import WindowPlan
 from sgd_probe.engine.step import Step
-from sgd_probe.result import Interval
+from sgd_probe.result import Interval, LossSlice
 
 _CLASSES: dict[str, type] = {
     kind.__name__: kind
@@ -30,12 +31,14 @@ _CLASSES: dict[str, type] = {
         Epoch,
         Interval,
         JointStatistics,
+        LossSlice,
         Mode,
         ModeBasis,
         OptimizerState,
         Part,
         Quadrature,
         Resampled,
+        SeenDensity,
         Step,
         WindowPlan,
         WindowStatistics,

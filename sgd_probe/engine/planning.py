@@ -19,6 +19,8 @@ LANCZOS_PRODUCTS = 35
 KEPT_PRODUCT, REBUILT_PRODUCT, DIFFERENCE_PRODUCT = 2.0, 3.2, 4.0
 #: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
 SELF_TEST_GRADIENTS = 40
+#: Two slices of the loss, in gradients of a batch: 22 losses, each with the graph that it is left without.
+SLICE_GRADIENTS = 9.0
 #: Windows that a run should have, where its budget allows.
 WINDOWS_WANTED = 10
 #: Bounds on the samples of a curvature set.
@@ -65,10 +67,11 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
     """Cost of a window per batch of a curvature set, in gradients of one batch.
 
     Products for the top modes, the interior and the flat ones on the finding set, and one per mode on the
-    certifying set, when it opens and again when it closes.
+    certifying set, when it opens and again when it closes; slices of the loss on the latter.
     """
     certifying = 2 * (config.top + config.interior + config.flat)
-    return product_gradients(config, kept) * (finding_products(config) + certifying)
+    products = product_gradients(config, kept) * (finding_products(config) + certifying)
+    return products + (SLICE_GRADIENTS if config.slices else 0.0)
 
 
 def most_vectors(config: ProbeConfig, basis_vectors: int, waiting_steps: int = 0) -> int:

@@ -35,6 +35,7 @@ from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.sharded import ShardedDifferenceOperator, at_rest
+from sgd_probe.curvature.slices import loss_slice
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
@@ -60,7 +61,7 @@ from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import summarise
 from sgd_probe.engine.window import Window, radial_shares
 from sgd_probe.isolation import isolated
-from sgd_probe.result import CostResult, WindowResult
+from sgd_probe.result import CostResult, LossSlice, WindowResult
 
 log = logging.getLogger("sgd_probe")
 
@@ -488,6 +489,7 @@ class ProbeEngine:
             norms=norms,
             preconditioner_changes=changes,
             jumps=window.jumps,
+            slices=window.slices,
             optimizer=window.optimizer,
             sampling=self.sampling,
             samples_found=window.samples_found,
@@ -774,6 +776,13 @@ class ProbeEngine:
             self._turning_limit,
             optimizer.momentum,
         )
+        variances = [math.nan] * len(basis.modes)
+        if resampled is not None:
+            variances = [interval.value for interval in resampled.variance]
+        of_random = trace / self._accumulation / space.dimension
+        length = _diffusion_length(basis, variances, of_random, optimizer, plan.steps)
+        wall = _wall(basis, variances[0] * self._accumulation / len(certifying))
+        slices, unsliced = self._slices(basis, certifying, space, _REACH * max(length, wall))
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
@@ -807,6 +816,7 @@ class ProbeEngine:
                 part=part,
                 reduce=space.reduce,
             ),
+            slices=slices,
             warnings=[
                 note
                 for note in (
@@ -814,10 +824,31 @@ class ProbeEngine:
                     self._repeats(),
                     self._stored(),
                     _difference_note(operator, held_out),
+                    unsliced,
                 )
                 if note
             ],
         )
+
+    def _slices(
+        self, basis: ModeBasis, batches: Sequence[CurvatureBatch], space: ParameterSpace, reach: float
+    ) -> tuple[tuple[LossSlice, ...], str]:
+        """The loss along the stiffest and the flattest direction, and what to say where it failed."""
+        if not self.config.slices or not 0 < reach < math.inf:
+            return (), ""
+        chosen = [0] if (flattest := _flattest(basis)) is None else [0, flattest]
+        try:
+            with self._operator(batches, space, retain=False) as operator:
+                found = [loss_slice(operator, basis.vectors[index], reach) for index in chosen]
+        except WrongHessianError:
+            raise
+        except CurvatureError as error:
+            return (), f"The loss along its directions could not be measured: {error}."
+        names = (basis.modes[index].name for index in chosen)
+        return tuple(
+            LossSlice(name, s.offsets, s.rises, s.errors, s.loss)
+            for name, s in zip(names, found, strict=True)
+        ), ""
 
     def _resample(
         self, operator: HessianOperator, basis: ModeBasis
@@ -868,6 +899,45 @@ class ProbeEngine:
         except (CurvatureError, torch.OutOfMemoryError) as error:
             window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
             return nothing
+
+
+#: A slice of the loss reaches to either side so many times as far as what it has to show: how far the
+#: flattest direction diffuses, and where the wall of the stiffest stands out ...
+_REACH = 3.0
+#: ... from the error of the mean gradient (so many times that error over the curvature): at the end of the
+#: slice they are as 4 to 1.
+_WALL = 2.5
+
+
+def _flattest(basis: ModeBasis) -> int | None:
+    flat = [index for index, mode in enumerate(basis.modes) if mode.flat]
+    curvature = [mode.certificate.effective_curvature for mode in basis.modes]
+    return min(flat, key=curvature.__getitem__) if flat else None
+
+
+def _wall(basis: ModeBasis, error_square: float) -> float:
+    """Where the stiffest direction rises clear of its gradient's error (squared; NaN where unknown: 0)."""
+    curvature = abs(basis.modes[0].certificate.eigenvalue)
+    return _WALL * math.sqrt(error_square) / curvature if error_square > 0 and curvature > 0 else 0.0
+
+
+def _diffusion_length(
+    basis: ModeBasis, variances: Sequence[float], of_random: float, optimizer: OptimizerState, steps: int
+) -> float:
+    """How far the flattest direction is expected to diffuse in its window.
+
+    Args:
+        basis: without a flat direction, a random one counts.
+        variances: of the noise of a step's gradient along each mode; NaN where unknown.
+        of_random: that along a random direction.
+        optimizer: as it stands.
+        steps: of the window.
+    """
+    flattest = _flattest(basis)
+    variance = math.nan if flattest is None else variances[flattest]
+    if not variance > 0:
+        variance = of_random
+    return optimizer.effective_learning_rate * math.sqrt(max(variance, 0.0) * steps)
 
 
 def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) -> tuple[float, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from sgd_probe.curvature.modes import ModeBasis
 from sgd_probe.dynamics.diffusion import (
     anomalous_exponent,
     diffusion_by_lag,
@@ -18,7 +19,7 @@ from sgd_probe.dynamics.diffusion import (
 )
 from sgd_probe.dynamics.force import ForceTest, JointRegression, force_test
 from sgd_probe.dynamics.guards import along_symmetry
-from sgd_probe.dynamics.noise import epoch_cancellation
+from sgd_probe.dynamics.noise import Cancellation, epoch_cancellation
 from sgd_probe.dynamics.verdict import (
     Evidence,
     Horizon,
@@ -52,6 +53,8 @@ class _Views:
     evidence: Sequence[Evidence | None]
     force: ForceTest
     predictions: Predictions
+    free: Mapping[int, float]
+    cancellation: Cancellation | None
     withheld: str
 
     @classmethod
@@ -65,10 +68,16 @@ class _Views:
             or measured.sampling.withheld
         )
         nothing: Sequence[Evidence | None] = [None] * len(measured.basis.modes)
+        predictions = Predictions.of(statistics, optimizer, measured.sampling)
+        moved = mean_squared_displacements(statistics, 0, optimizer.momentum, optimizer.nesterov)
+        lags = [lag for lag, _, _ in moved]
         return cls(
             evidence=nothing if short else weigh(statistics, optimizer.momentum),
             force=force_test(statistics),
-            predictions=Predictions.of(statistics, optimizer, measured.sampling),
+            predictions=predictions,
+            # Of unit noise: it is proportional to the noise.
+            free=dict(zip(lags, predictions.displacements(0.0, 1.0, lags)[0].tolist(), strict=True)),
+            cancellation=epoch_cancellation(statistics),
             withheld=withheld,
         )
 
@@ -83,7 +92,7 @@ def summarise(measured: Measured) -> WindowResult:
     mixed = sum(mode.mixed for mode in basis.modes)
     joint = _joint(measured)
     horizon = Horizon.of(statistics, measured.sampling.steps_per_epoch)
-    cancellation = epoch_cancellation(statistics)
+    cancellation = views.cancellation
     known = next((e for e in views.evidence if e is not None), None)
     return WindowResult(
         index=measured.index,
@@ -114,6 +123,7 @@ def summarise(measured: Measured) -> WindowResult:
             converged=basis.converged,
             message=basis.message,
             self_test=measured.self_test,
+            **_density(basis),
         ),
         cost=measured.cost,
         modes=modes,
@@ -127,12 +137,27 @@ def summarise(measured: Measured) -> WindowResult:
         plan=measured.plan,
         epochs=horizon.epochs,
         free_share=known.free_share if known is not None else math.nan,
-        epoch_correlation=math.nan if cancellation is None else cancellation.correlation,
+        epoch_correlation=math.nan if cancellation is None else cancellation.correlation.value,
+        epoch_correlation_interval=Interval.unknown() if cancellation is None else cancellation.correlation,
         expected_epoch_correlation=measured.sampling.epoch_correlation,
         pooled_diffusion=_pooled(measured, modes),
         joint_curvatures=() if joint is None else tuple(joint.eigenvalues.tolist()),
         rate_jumps=measured.jumps,
+        stability_limit=_stability_limit(views.predictions),
+        slices=measured.slices,
     )
+
+
+def _density(basis: ModeBasis) -> dict[str, tuple[float, ...]]:
+    if basis.density is None:
+        return {}
+    seen = basis.density
+    columns = {"nodes": seen.nodes, "weights": seen.weights, "widths": seen.widths}
+    return {f"density_{name}": tuple(column.tolist()) for name, column in columns.items()}
+
+
+def _stability_limit(predictions: Predictions) -> float:
+    return math.nan if predictions.dynamics is None else closed_forms.stability_limit(predictions.dynamics)
 
 
 def _joint(measured: Measured) -> JointRegression | None:
@@ -170,7 +195,7 @@ def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
     lags = [lag for lag, _, _ in moved]
     discrete, langevin = predictions.displacements(curvature, noise.value, lags)
     points = tuple(
-        LagPoint(*point, discrete=float(d), langevin=float(b))
+        LagPoint(*point, float(d), float(b), noise.value * views.free.get(point[0], math.nan))
         for point, d, b in zip(moved, discrete, langevin, strict=True)
     )
     lag = headline_lag(steps, momentum) if steps else 0
@@ -246,6 +271,9 @@ def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
             Interval.unknown() if measured.resampled is None else measured.resampled.variance[index]
         ),
         noise_correlation=evidence.noise_correlation if evidence else math.nan,
+        epoch_correlation=(
+            Interval.unknown() if views.cancellation is None else views.cancellation.modes[index]
+        ),
         noise_fading=evidence.fading if evidence else math.nan,
         drift=_drift(measured, index, free),
         detrended_diffusion=detrended,

@@ -23,6 +23,7 @@ from sgd_probe.engine.optimizers import OptimizerReader, OptimizerState, read_sc
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import WindowPlan
 from sgd_probe.engine.step import Step
+from sgd_probe.result import LossSlice
 
 #: A learning rate that changes by more than this share from one step to the next has jumped.
 JUMP = 0.1
@@ -47,6 +48,7 @@ class Window:
         resampled: gradients of the certifying batches at its start, projected; None for too few.
         start_gradient: mean of those over its standard error, for every mode.
         radial: share of each mode that only stretches rows of weights.
+        slices: the loss along some of the modes.
         statistics: the running sums of all modes.
         joint: those of products between the stiff modes.
         jumps: steps at which the learning rate jumped.
@@ -72,6 +74,7 @@ class Window:
     statistics: WindowStatistics
     joint: JointStatistics
     projector: Projector
+    slices: tuple[LossSlice, ...] = ()
     jumps: int = 0
     late: int = 0
     open_seconds: float = 0.0

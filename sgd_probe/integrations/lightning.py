@@ -55,6 +55,7 @@ from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
 from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
+from sgd_probe.sinks.terminal import TerminalSink
 from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
 
 log = logging.getLogger("sgd_probe")
@@ -517,6 +518,9 @@ class SGDProbe(Callback):
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:
             sinks.append(WandbSink(wandb_logger))
+        # Last: it names what the others have written.
+        show = functools.partial(announce, trainer)
+        sinks.append(TerminalSink(show, self.config.summary, self._folder))
         return sinks
 
     def _switch_off(self) -> None:

@@ -24,6 +24,8 @@ from sgd_probe.engine import ProbeConfig, ProbeEngine, duration
 from sgd_probe.isolation import capture
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors
+from sgd_probe.sinks.folder import FolderSink
+from sgd_probe.sinks.terminal import TerminalSink
 
 log = logging.getLogger("sgd_probe")
 
@@ -43,6 +45,13 @@ def announce(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def show(table: str) -> None:
+    """Print results on stdout, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(table, file=sys.stdout)
+
+
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
     """A bar for a long pause, on a terminal; it is gone afterwards. Yields what takes the number done."""
@@ -50,10 +59,10 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
 
     with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False, disable=None) as bar:
 
-        def show(done: int) -> None:
+        def advance(done: int) -> None:
             bar.update(done - bar.n)
 
-        yield show
+        yield advance
 
 
 def _no_sinks() -> Sequence[Sink]:
@@ -263,7 +272,11 @@ class ProbeSession:
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))
         space = engine.space
-        self._sinks = SinkGroup(self._host.sinks(), self._strict)
+        sinks = list(self._host.sinks())
+        folder = next((sink.path for sink in sinks if isinstance(sink, FolderSink)), None)
+        # Last: it names what the others have written.
+        sinks.append(TerminalSink(show, self._config.summary, folder))
+        self._sinks = SinkGroup(sinks, self._strict)
         self._sinks.start(
             RunInfo(
                 name=self._name,

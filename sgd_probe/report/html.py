@@ -1,38 +1,41 @@
-"""One self-contained page from a run folder: no network, no pickle, everything escaped."""
+"""The page of a run, from its folder: verdicts, modes, figures, and how it was measured at what cost."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from sgd_probe.report.figures import Figure, all_figures
-from sgd_probe.report.run_folder import RUN_FILE, WINDOWS_FILE, RunFolder, read_run_folder
-from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus, share, steps
-from sgd_probe.result import ModeKind, ModeResult, Verdict, WindowResult
-
-#: Nothing may be fetched or sent: scripts and styles are in the page, images only as data.
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'"
+from sgd_probe.report.figures import all_figures
+from sgd_probe.report.page import (
+    bullets,
+    facts,
+    figure_section,
+    page,
+    row,
+    section,
+    small,
+    table,
+    verdict_mark,
+    write_page,
 )
+from sgd_probe.report.run_folder import WINDOWS_FILE, RunFolder, read_run_folder
+from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus, share, steps
+from sgd_probe.result import ModeKind, ModeResult, WindowResult
+
 _LAYERS_SHOWN = 2
 
 
-def write_report(run_folder: Path, path: Path | None = None) -> Path:
+def write_report(run_folder: Path, path: Path | None = None, *, running: bool = False) -> Path:
     """Write the page of a run folder, whole or not at all.
 
     Args:
         run_folder: the folder that holds ``run.json`` and ``windows.jsonl``.
         path: the file to write; ``report.html`` in the run folder if None.
+        running: the training goes on, and the page says so.
 
     Returns:
         The file written.
@@ -42,27 +45,16 @@ def write_report(run_folder: Path, path: Path | None = None) -> Path:
         ValueError: the run cannot be read, or ``path`` is a folder.
     """
     target = run_folder / "report.html" if path is None else path
-    page = build_report(run_folder)
-    if target.is_dir():
-        raise ValueError(
-            f"expected a file to write the report to, found the folder {target}: add a file name"
-        )
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"expected a folder for the report, found none at {target.parent}: create it or choose another"
-        )
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
+    write_page(build_report(run_folder, running=running), target)
     return target
 
 
-def build_report(run_folder: Path) -> str:
+def build_report(run_folder: Path, *, running: bool = False) -> str:
     """The page of a run folder as text.
+
+    Args:
+        run_folder: the folder that holds ``run.json`` and ``windows.jsonl``.
+        running: the training goes on, and the page says so.
 
     Raises:
         FileNotFoundError: there is no run folder or no ``run.json`` in it.
@@ -71,46 +63,36 @@ def build_report(run_folder: Path) -> str:
     run = read_run_folder(run_folder)
     last = run.windows[-1] if run.windows else None
     figures = all_figures(run.windows) if last else ()
-    sections = [_header(run), _notes(run)]
+    sections = [_notes(run)]
     if last:
         sections += [
             _verdict_legend(last),
             _modes(last),
-            _figures(figures),
+            figure_section(figures),
             _history(run.windows),
             _measurement(last),
         ]
     sections.append(_preparation(run))
-    scripts = (get_plotlyjs(), _asset("report.js")) if figures else ()
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>sgd_probe report: {escape(run.folder)}</title>\n"
-        f"<style>{_asset('report.css')}</style>\n</head>\n<body>\n"
-        f'<a class="skip" href="#content">Skip to the content</a>\n<main id="content">\n'
-        f"{''.join(sections)}</main>\n"
-        f"<footer><p>Made from {RUN_FILE} and {WINDOWS_FILE}; "
-        "this page loads nothing from a network.</p></footer>\n"
-        f"{''.join(f'<script>{script}</script>' for script in scripts)}\n</body>\n</html>\n"
-    )
+    return page(f"sgd_probe report: {run.folder}", _header(run, running), sections, bool(figures))
 
 
 # Sections.
 
 
-def _header(run: RunFolder) -> str:
+def _header(run: RunFolder, running: bool) -> str:
     last = run.windows[-1] if run.windows else None
     words = headline(last) if last else "No window has closed yet"
-    facts = [f"Run {run.folder}"]
+    said = [f"Run {run.folder}"]
+    if running and last:
+        said.append(f"still training at step {last.closed_at_step}: reload this page for later windows")
     if last:
-        facts += [
+        said += [
             f"{len(run.windows)} window{'s' if len(run.windows) > 1 else ''}",
             f"probe time {share(last.cost.fraction)} of the training time",
         ]
         if math.isfinite(last.expected_false_flags):
             flags = number(last.expected_false_flags, 2)
-            facts.append(f"about {flags} wrong flags expected by chance in the last window")
+            said.append(f"about {flags} wrong flags expected by chance in the last window")
     waiting = (
         ""
         if last
@@ -119,7 +101,7 @@ def _header(run: RunFolder) -> str:
     )
     return (
         f'<header><p class="eyebrow">sgd_probe report</p><h1>{escape(words)}</h1>'
-        f'<p class="facts">{escape(" · ".join(facts))}</p>{waiting}</header>\n'
+        f'<p class="facts">{escape(" · ".join(said))}</p>{waiting}</header>\n'
     )
 
 
@@ -130,7 +112,7 @@ def _notes(run: RunFolder) -> str:
         notes += _window_notes(run.windows[-1])
     if not notes:
         return ""
-    return _section("warnings", "Before you trust this", _list(notes), css="warnings")
+    return section("warnings", "Before you trust this", bullets(notes), css="warnings")
 
 
 def _file_notes(run: RunFolder) -> Iterable[str]:
@@ -156,11 +138,11 @@ def _window_notes(result: WindowResult) -> Iterable[str]:
 def _verdict_legend(result: WindowResult) -> str:
     counts = result.counts()
     items = "".join(
-        f"<div><dt>{_verdict(verdict, counts[verdict])}</dt><dd>{escape(style.meaning)}</dd></div>"
+        f"<div><dt>{verdict_mark(verdict, counts[verdict])}</dt><dd>{escape(style.meaning)}</dd></div>"
         for verdict, style in VERDICT_STYLES.items()
     )
     lead = "<p>Each verdict holds up to the length of its window, not for ever.</p>"
-    return _section("legend", "What the verdicts mean", f'{lead}<dl class="legend">{items}</dl>')
+    return section("legend", "What the verdicts mean", f'{lead}<dl class="legend">{items}</dl>')
 
 
 def _modes(result: WindowResult) -> str:
@@ -180,7 +162,7 @@ def _modes(result: WindowResult) -> str:
         f"{'interior and the ' if interior else ''}near-flat ones; the line below each says why."
     )
     body = "".join(map(_mode_body, result.modes))
-    return _section("modes", "Directions in the last window", _table(caption, columns, body, "modes-table"))
+    return section("modes", "Directions in the last window", table(caption, columns, body, "modes-table"))
 
 
 def _mode_body(mode: ModeResult) -> str:
@@ -190,24 +172,24 @@ def _mode_body(mode: ModeResult) -> str:
     why = (
         escape(mode.reason)
         + (f'<ul class="marks">{marks}</ul>' if marks else "")
-        + (_small(f"Mostly in {', '.join(layers)}.") if layers else "")
+        + (small(f"Mostly in {', '.join(layers)}.") if layers else "")
     )
     count = len(numbers := _mode_row(mode))
-    return f'<tbody>{_row(numbers)}<tr class="why"><td colspan="{count}"><div>{why}</div></td></tr></tbody>'
+    return f'<tbody>{row(numbers)}<tr class="why"><td colspan="{count}"><div>{why}</div></td></tr></tbody>'
 
 
 def _mode_row(mode: ModeResult) -> list[str]:
     curvature = plus_minus(mode.held_out_eigenvalue, mode.held_out_standard_error)
     if mode.mixed:
-        curvature = number(mode.effective_curvature) + _small(f"effective; v·Hv {curvature}")
+        curvature = number(mode.effective_curvature) + small(f"effective; v·Hv {curvature}")
     return [
-        escape(mode.name) + (_small(reservation) if (reservation := _reservation(mode)) else ""),
-        _verdict(mode.verdict) + (_small(mode.detail) if mode.detail else ""),
+        escape(mode.name) + (small(reservation) if (reservation := _reservation(mode)) else ""),
+        verdict_mark(mode.verdict) + (small(mode.detail) if mode.detail else ""),
         curvature,
         number(mode.residual, 2),
         interval(mode.noise_variance),
         number(mode.relaxation_times),
-        interval(mode.diffusion) + _small(f"at lag {mode.diffusion_lag}"),
+        interval(mode.diffusion) + small(f"at lag {mode.diffusion_lag}"),
         number(mode.predicted_diffusion),
     ]
 
@@ -217,23 +199,6 @@ def _reservation(mode: ModeResult) -> str:
     if mode.converged or mode.kind is ModeKind.FLAT:
         return ""
     return "mixed direction" if mode.mixed else "not converged"
-
-
-def _figures(figures: Sequence[Figure]) -> str:
-    script_note = "<noscript><p>The figures need JavaScript; the tables hold the same numbers.</p></noscript>"
-    return _section("figures", "Figures", script_note + "".join(map(_figure, figures)))
-
-
-def _figure(figure: Figure) -> str:
-    name = escape(figure.name)
-    # In JSON "<" occurs inside strings only, where its escape means the same and cannot end the script.
-    data = figure.plot.to_json().replace("<", "\\u003c")
-    return (
-        f'<figure id="figure-{name}"><figcaption><h3>{escape(figure.title)}</h3>'
-        f"<p><strong>How to read it.</strong> {escape(figure.how_to_read)}</p></figcaption>"
-        f'<div class="plot" data-figure="{name}" role="img" aria-label="{escape(figure.title)}"></div>'
-        f'<script type="application/json" data-for="{name}">{data}</script></figure>\n'
-    )
 
 
 def _history(results: Sequence[WindowResult]) -> str:
@@ -248,14 +213,14 @@ def _history(results: Sequence[WindowResult]) -> str:
         ("Longest pause", "s"),
         ("Warnings", ""),
     )
-    body = f"<tbody>{''.join(_row(_history_row(result)) for result in results)}</tbody>"
+    body = f"<tbody>{''.join(row(_history_row(result)) for result in results)}</tbody>"
     caption = "Windows in the order of the run."
-    return _section("history", "All windows", _table(caption, columns, body, "history-table"))
+    return section("history", "All windows", table(caption, columns, body, "history-table"))
 
 
 def _history_row(result: WindowResult) -> list[str]:
     counts = result.counts()
-    verdicts = " ".join(_verdict(v, counts[v]) for v in VERDICT_STYLES if counts[v])
+    verdicts = " ".join(verdict_mark(v, counts[v]) for v in VERDICT_STYLES if counts[v])
     return [
         str(result.index),
         steps(result),
@@ -265,13 +230,13 @@ def _history_row(result: WindowResult) -> list[str]:
         number(result.curvature.lambda_max),
         verdicts or "no modes",
         number(max(result.cost.open_seconds, result.cost.close_seconds)),
-        _list(result.warnings) if result.warnings else "none",
+        bullets(result.warnings) if result.warnings else "none",
     ]
 
 
 def _measurement(result: WindowResult) -> str:
     found, cost = result.curvature, result.cost
-    facts = {
+    known = {
         "Optimizer": result.optimizer,
         "Displacements": f"in {result.coordinates}",
         "Sampling": result.sampling,
@@ -297,73 +262,21 @@ def _measurement(result: WindowResult) -> str:
             f"({share(cost.fraction)})"
         ),
     }
-    return _section("measurement", "How the last window was measured, and its cost", _facts(facts))
+    return section("measurement", "How the last window was measured, and its cost", facts(known))
 
 
 def _preparation(run: RunFolder) -> str:
-    plan = _list(run.plan) if run.plan else "<p>No plan was recorded.</p>"
+    plan = bullets(run.plan) if run.plan else "<p>No plan was recorded.</p>"
     blocks = (
         ("Configuration", {key: _json(value) for key, value in run.config.items()}),
         ("Versions", {key: str(value) for key, value in run.versions.items()}),
         ("Probed parameters and their sizes", {key: str(value) for key, value in run.parameters.items()}),
     )
     details = "".join(
-        f"<details><summary>{title}</summary>{_facts(values)}</details>" for title, values in blocks if values
+        f"<details><summary>{title}</summary>{facts(values)}</details>" for title, values in blocks if values
     )
-    return _section("plan", "Plan and configuration", f"<h3>Plan at the start</h3>{plan}{details}")
-
-
-# Pieces.
-
-
-def _section(name: str, title: str, body: str, css: str = "") -> str:
-    heading = f'<h2 id="{name}-title">{title}</h2>'
-    return f'<section id="{name}" class="{css}" aria-labelledby="{name}-title">{heading}{body}</section>\n'
-
-
-def _table(caption: str, columns: Iterable[tuple[str, str]], body: str, name: str) -> str:
-    """A table in a scrolling container that the keyboard can reach; ``body`` is HTML already."""
-    head = "".join(f'<th scope="col">{title}{_small(unit) if unit else ""}</th>' for title, unit in columns)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}-caption">'
-        f'<table class="{name}"><caption id="{name}-caption"><span>{escape(caption)}</span></caption>'
-        f"<thead><tr>{head}</tr></thead>{body}</table></div>"
-    )
-
-
-def _row(cells: Sequence[str]) -> str:
-    """A table row under its own header; the cells are HTML already."""
-    first, *rest = cells
-    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-
-
-def _verdict(verdict: Verdict, count: int | None = None) -> str:
-    """A verdict in colour and in words, with the number of its modes if given."""
-    style = VERDICT_STYLES[verdict]
-    many = "" if count is None else f' <span class="count">{count}</span>'
-    swatch = f'<i style="background:{style.colour}"></i>'
-    return f'<span class="verdict">{swatch}{escape(style.label)}{many}</span>'
-
-
-def _small(text: str) -> str:
-    """A second line within a table cell."""
-    return f"<small>{escape(text)}</small>"
-
-
-def _facts(values: Mapping[str, str]) -> str:
-    items = "".join(
-        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in values.items()
-    )
-    return f'<dl class="facts-list">{items}</dl>'
-
-
-def _list(items: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+    return section("plan", "Plan and configuration", f"<h3>Plan at the start</h3>{plan}{details}")
 
 
 def _json(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _asset(name: str) -> str:
-    return (files("sgd_probe.report") / name).read_text(encoding="utf-8")

@@ -126,6 +126,12 @@ def steps(result: WindowResult) -> str:
     return f"{result.opened_at_step}–{result.closed_at_step}"
 
 
+def horizon(result: WindowResult) -> str:
+    """Write over how long the verdicts of a window hold."""
+    known = math.isfinite(result.epochs)
+    return f"{result.steps:,} steps" + (f" ({result.epochs:.3g} epochs)" if known else "")
+
+
 def headline(result: WindowResult) -> str:
     """Write the verdicts of a window as one sentence."""
     counts = result.counts()

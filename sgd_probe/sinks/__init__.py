@@ -7,6 +7,7 @@ from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors, scalars, ver
 from sgd_probe.sinks.folder import FolderSink, fresh_folder, load_vectors, read_run
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
+from sgd_probe.sinks.terminal import TerminalSink
 from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger, is_wandb_logger
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RunInfo",
     "Sink",
     "SinkGroup",
+    "TerminalSink",
     "Vectors",
     "WandbSink",
     "find_wandb_logger",

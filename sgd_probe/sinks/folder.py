@@ -10,7 +10,9 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +34,12 @@ REPORT_FILE = "report.html"
 DEFAULT_MAX_VECTOR_BYTES = 64 * 2**20
 
 
+#: Share of a training's time that goes into pages while it runs; and seconds that the first of them may take.
+REPORT_SHARE, FIRST_REPORT = 0.01, 2.0
+
+
 class FolderSink:
-    """Writes each window to a run folder as soon as it has closed.
+    """Writes each window to a run folder as soon as it has closed, and the page as often as it is cheap.
 
     A folder that already holds a run is continued: windows are appended. For a run of its own, take
     the folder from :func:`fresh_folder`.
@@ -48,6 +54,9 @@ class FolderSink:
         self.path = Path(path).absolute()
         self._max_vector_bytes = max_vector_bytes
         self._told_of_size = False
+        self._started = 0.0
+        self._reporting = 0.0
+        self._last_report = FIRST_REPORT
 
     def start(self, run: RunInfo) -> None:
         """Make the folder and describe the run in it."""
@@ -61,6 +70,7 @@ class FolderSink:
         }
         with _replacing(self.path / RUN_FILE) as file:
             file.write(json.dumps(info, indent=2, allow_nan=False).encode())
+        self._started = time.perf_counter()
 
     def write(self, result: WindowResult, vectors: Vectors) -> None:
         """Append the window, then store its directions: the small and precious part first."""
@@ -69,13 +79,21 @@ class FolderSink:
             arrays: dict[str, Any] = {name: np.asarray(v, np.float32) for name, v in vectors.items()}
             with _replacing(self.path / f"basis_{result.index:04d}.npz") as file:
                 np.savez(file, **arrays)
+        affordable = REPORT_SHARE * (time.perf_counter() - self._started)
+        if self._reporting + self._last_report <= affordable:
+            self._report(running=True)
 
     def finish(self) -> None:
-        """Write the report; the data are safe without it, so a failure only warns."""
+        """Write the last page."""
+        self._report(running=False)
+
+    def _report(self, running: bool) -> None:
+        """Write the page; the data are safe without it, so a failure only warns."""
+        began = time.perf_counter()
         try:
             from sgd_probe.report.html import write_report
 
-            write_report(self.path)
+            write_report(self.path, running=running)
         except Exception as error:
             log.warning(
                 "sgd_probe: no report could be written (%s: %s). The data in %s are complete.",
@@ -84,6 +102,10 @@ class FolderSink:
                 self.path,
             )
             log.debug("sgd_probe: where the report failed", exc_info=True)
+            self._last_report = math.inf  # once is enough; the last page is tried all the same
+        else:
+            self._last_report = time.perf_counter() - began
+            self._reporting += self._last_report
 
     def _fits(self, vectors: Vectors) -> bool:
         size = sum(vector.size for vector in vectors.values()) * np.dtype(np.float32).itemsize

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sgd_probe.curvature.density import SpectralDensity, TraceEstimate, spectral_density, trace
+from sgd_probe.curvature.density import (
+    SeenDensity,
+    SpectralDensity,
+    TraceEstimate,
+    seen_density,
+    spectral_density,
+    trace,
+)
+from sgd_probe.curvature.flat import flat_directions
 from sgd_probe.curvature.hessian import HessianOperator
 from sgd_probe.curvature.krylov import BLOCK_ROWS
+from sgd_probe.curvature.lanczos import lanczos
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import isolated
 from tests.helpers.dense import Symmetric, dense_hessian, freeze, network_spectrum
@@ -267,3 +276,40 @@ def test_memory_is_that_of_the_steps() -> None:
     operator = Diagonal(200_000)
     spectral_density(operator, SINGLE, probes=3, steps=2 * BLOCK_ROWS)
     assert operator.most <= 2 * BLOCK_ROWS + 2 + 1  # and its own diagonal
+
+
+class TestWhatASearchHasSeen:
+    """The density that falls off a search for stiff and flat directions."""
+
+    spectrum = torch.cat(
+        [torch.tensor([50.0, 30.0, 20.0, 10.0, 8.0, 5.0, -3.0]), 0.5 * torch.linspace(0, 1, 293) ** 4]
+    ).double()
+
+    def searched(self, flat: int, max_vectors: int | None = None) -> SeenDensity | None:
+        operator = Symmetric.of(self.spectrum)
+        stiff = lanczos(operator, 5, DOUBLE, beside=flat, max_vectors=max_vectors)
+        valley = flat_directions(operator, flat, stiff.krylov, 0.05, dimension=12)
+        return seen_density(stiff.ritz_values, valley.rayleigh_quotients.tolist(), valley.seen, 300)
+
+    @pytest.mark.parametrize("max_vectors", [None, 12], ids=["once", "restarted"])
+    def test_it_has_the_trace_and_the_masses_of_the_spectrum(self, max_vectors: int | None) -> None:
+        spectrum, found = self.spectrum, self.searched(6, max_vectors)
+        assert found is not None
+        assert torch.equal(found.nodes, found.nodes.sort().values)
+        assert float(found.weights.sum()) == pytest.approx(1.0)
+        assert found.trace == pytest.approx(float(spectrum.sum()), rel=0.04)
+        for value in spectrum[:7].tolist():
+            near = (found.nodes - value).abs() < 0.05
+            assert float(found.weights[near].sum()) == pytest.approx(1 / 300, rel=0.05)
+            assert bool((found.widths[near & (found.weights > 1 / 400)] == 0).all())
+        for level in (0.02, 0.1, 0.3):
+            share = float((spectrum < level).double().mean())
+            # Each share lies evenly within its width.
+            low, high = found.nodes - found.widths, found.nodes + found.widths
+            below = ((level - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+            assert float(found.weights @ below) == pytest.approx(share, abs=0.08)
+
+    def test_one_start_is_enough_and_none_has_seen_nothing_of_the_bulk(self) -> None:
+        found = self.searched(1)
+        assert found is not None and float(found.weights.sum()) == pytest.approx(1.0)
+        assert self.searched(0) is None

@@ -104,7 +104,7 @@ class TestCancellation:
         steps = math.ceil(batches)
         if not fresh and batches == steps:
             assert found.value == pytest.approx(0, abs=1e-9)
-            assert found.correlation == pytest.approx(-1 / (steps - 1))
+            assert found.correlation.value == pytest.approx(-1 / (steps - 1))
 
     def test_too_few_epochs(self) -> None:
         few = Shuffled(relaxation_times=0, steps=50, batches=12, replicas=5).statistics()

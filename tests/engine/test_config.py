@@ -29,10 +29,12 @@ BAD: dict[str, tuple[Any, ...]] = {
     "min_noise_share": (-0.1, 1.0, math.nan, None),
     "sampling": ("shuffled", None, 1, True),
     "seed": (-1, 0.5, None, True),
+    "slices": (1, 0, None, "flat"),
     "max_graph_bytes": (-1, 1e9, None, "1 GB"),
     "max_vector_bytes": (-1, 1e9, None, "auto"),
     "max_basis_bytes": (0, -1, 1e9, None, "1 GB"),
     "save_vectors": (1, 0, None, "yes"),
+    "summary": ("always", None, True, 1),
     "checkpoint_window": (1, 0, None, "always"),
 }
 GOOD: dict[str, tuple[Any, ...]] = {
@@ -52,10 +54,12 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "min_noise_share": (0, 0.0, 0.1),
     "sampling": ("auto", "with_replacement", "without_replacement"),
     "seed": (0, 2**32, 2**63),
+    "slices": (True, False),
     "max_graph_bytes": ("auto", 0, 2**30),
     "max_vector_bytes": (0, 2**20),
     "max_basis_bytes": ("auto", 1, 2**30),
     "save_vectors": (True, False),
+    "summary": ("end", "windows", "off"),
     "checkpoint_window": (True, False),
 }
 

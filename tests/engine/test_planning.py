@@ -108,9 +108,10 @@ class TestCurvatureBatches:
         assert 0 < costs[0] < costs[1] < costs[2]
 
     def test_windows_cost_more_without_kept_graphs_and_by_finite_differences(self) -> None:
-        kept, rebuilt = (gradients_per_batch(ProbeConfig(), kept) for kept in (True, False))
+        config = ProbeConfig(slices=False)
+        kept, rebuilt = (gradients_per_batch(config, kept) for kept in (True, False))
         assert rebuilt == pytest.approx(1.6 * kept)
-        differences = ProbeConfig(second_derivatives="finite_differences")
+        differences = ProbeConfig(second_derivatives="finite_differences", slices=False)
         assert gradients_per_batch(differences, False) == pytest.approx(2 * kept)
         found = [choose_curvature_batches(ProbeConfig(), 64, 2e5, kept) for kept in (True, False)]
         assert found[0] > found[1] >= 2

@@ -16,6 +16,7 @@ from sgd_probe.result import (
     CurvatureResult,
     Interval,
     LagPoint,
+    LossSlice,
     ModeKind,
     ModeResult,
     Verdict,
@@ -81,6 +82,7 @@ def make_mode(
         verdict=verdict,
         detail="",
         reason=_REASONS[verdict],
+        epoch_correlation=Interval(-0.0009, -0.001, -0.0002),
         layer_shares={"encoder.blocks.0.attention.weight": 0.62, "head.weight": 0.31, "head.bias": 0.07},
         displacements=points,
     )
@@ -133,6 +135,9 @@ def make_window(index: int = 0, *, seed: int = 0, **changes: Any) -> WindowResul
             converged=True,
             message="all ten top modes converged after 35 products",
             self_test="passed: symmetric to 2e-7, finite difference agrees to 1e-6",
+            density_nodes=(-1.9, -0.01, 0.0, 0.03, 0.4, *sorted(scale * 24.0 * 0.75**i for i in range(1, 9))),
+            density_weights=(1 / 31_306, 0.1, 0.8, 0.09, 0.01 - 9 / 31_306, *[1 / 31_306] * 8),
+            density_widths=(0.0, 0.02, 0.02, 0.2, 0.4, *[0.0] * 8),
         ),
         cost=CostResult(
             open_seconds=4.2,
@@ -144,6 +149,11 @@ def make_window(index: int = 0, *, seed: int = 0, **changes: Any) -> WindowResul
         modes=tuple(modes),
         warnings=("The gradient is not small: this window starts away from a critical point.",),
         expected_false_flags=0.4,
+        stability_limit=2 / LEARNING_RATE,
+        epoch_correlation=-0.0009,
+        epoch_correlation_interval=Interval(-0.0009, -0.001, -0.0002),
+        expected_epoch_correlation=-1 / 999,
+        slices=(_slice("top_01", 18.0), _slice("flat_01", 0.02)),
     )
     return dataclasses.replace(window, **changes)
 
@@ -158,7 +168,9 @@ def without_numbers(mode: ModeResult) -> ModeResult:
         elif isinstance(value, Interval):
             unknown[field.name] = Interval.unknown()
     points = tuple(
-        dataclasses.replace(point, measured=Interval.unknown(), discrete=math.nan, langevin=math.nan)
+        dataclasses.replace(
+            point, measured=Interval.unknown(), discrete=math.nan, langevin=math.nan, free=math.nan
+        )
         for point in mode.displacements
     )
     return dataclasses.replace(mode, **unknown, displacements=points)
@@ -190,13 +202,19 @@ def write_run_folder(
     return folder
 
 
+def _slice(name: str, curvature: float) -> LossSlice:
+    offsets = [0.02 * i for i in range(-5, 6)]
+    rises = tuple(curvature * offset**2 / 2 for offset in offsets)
+    return LossSlice(name, tuple(offsets), rises, tuple(0.01 * abs(offset) for offset in offsets), 0.7)
+
+
 def _lag_point(lag: int, count: int, curvature: float, noise: float, rng: np.random.Generator) -> LagPoint:
     """Stationary displacement of one mode: discrete, Langevin, and a chi-square draw of the first."""
     step = LEARNING_RATE * curvature
     discrete = 2 * LEARNING_RATE * noise / (curvature * (2 - step)) * (1 - (1 - step) ** lag)
     langevin = LEARNING_RATE * noise / curvature * (1 - math.exp(-step * lag))
     measured = discrete * rng.chisquare(count) / count
-    return LagPoint(lag, count, _around(measured, count), discrete, langevin)
+    return LagPoint(lag, count, _around(measured, count), discrete, langevin, LEARNING_RATE**2 * noise * lag)
 
 
 def _around(value: float, freedom: int) -> Interval:

@@ -32,9 +32,24 @@ def test_report_writes_the_page_and_names_it(tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "page.html").read_bytes() == (folder / "report.html").read_bytes()
 
 
+def test_compare_writes_the_page_and_says_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_run_folder(tmp_path / name, [make_window()])
+    assert exit_code("compare", "a", "b") == 0
+    check, path = capsys.readouterr().out.splitlines()
+    assert check.startswith("b against a: the learning rate is 1.00 times as large")
+    assert path == "comparison.html" and Path(path).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare"], "RUN_FOLDER"),
+        (["compare", "nowhere"], "at least two run folders"),
+        (["compare", "nowhere", "."], "expected a run folder"),
         (["report", "nowhere"], "expected a run folder"),
         (["report", "."], "expected run.json"),
         (["report"], "RUN_FOLDER"),

@@ -15,15 +15,21 @@ import pytest
 from sgd_probe.report.figures import (
     Figure,
     all_figures,
+    autocorrelation,
+    density,
     diffusion,
     displacement,
+    edge_of_stability,
     lambda_max,
+    layers,
+    loss_slices,
     noise,
+    spectra,
     spectrum,
     verdict_timeline,
 )
 from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus
-from sgd_probe.result import Interval, LagPoint, Verdict, WindowResult
+from sgd_probe.result import Interval, LagPoint, LossSlice, Verdict, WindowResult
 from tests.helpers.results import make_mode, make_window, without_numbers
 
 OKABE_ITO = {
@@ -37,7 +43,7 @@ OKABE_ITO = {
     "#CC79A7",
     "#999999",
 }
-OF_A_WINDOW = [spectrum, displacement, noise, diffusion]
+OF_A_WINDOW = [spectrum, displacement, noise, diffusion, loss_slices, layers, density, autocorrelation]
 
 
 def traces(figure: Figure) -> dict[str, dict[str, Any]]:
@@ -47,11 +53,11 @@ def traces(figure: Figure) -> dict[str, dict[str, Any]]:
 
 def test_every_figure_says_what_it_shows_in_which_units_and_how_to_read_it() -> None:
     figures = all_figures([make_window(0), make_window(1)])
-    assert len({figure.name for figure in figures}) == len(figures) == 6
+    assert len({figure.name for figure in figures}) == len(figures) == 12
     for figure in figures:
         assert figure.title
-        assert figure.how_to_read.endswith(".")
-        assert figure.plot.layout.xaxis.title.text
+        assert figure.how_to_read.endswith(".") and figure.summary.endswith(".")
+        assert figure.plot.layout.xaxis.title.text or figure.name == "layers"
     titles = {figure.name: figure.plot.layout.yaxis.title.text for figure in figures}
     assert "loss / weight²" in titles["spectrum"]
     assert "weight² / optimizer step" in titles["diffusion"]
@@ -78,7 +84,15 @@ def test_no_result_breaks_a_figure(windows: list[WindowResult]) -> None:
 
 @pytest.mark.parametrize("draw", OF_A_WINDOW)
 def test_an_empty_figure_says_so(draw: Callable[[WindowResult], Figure]) -> None:
-    assert draw(make_window(modes=())).plot.layout.annotations[0].text == "nothing was measured"
+    unknown: dict[str, Any] = {
+        "epoch_correlation": math.nan,
+        "epoch_correlation_interval": Interval.unknown(),
+    }
+    bare = make_window(modes=(), slices=(), **unknown)
+    columns: dict[str, Any] = dict.fromkeys(("density_nodes", "density_weights", "density_widths"), ())
+    bare = replace(bare, curvature=replace(bare.curvature, **columns))
+    notes = ("nothing was measured", "no slices were taken", "no direction is flagged in this window")
+    assert draw(bare).plot.layout.annotations[0].text in (*notes, "this needs five whole epochs in a window")
 
 
 def test_figures_without_any_window_are_refused_in_plain_words() -> None:
@@ -146,17 +160,17 @@ def test_displacement_shows_one_direction_per_verdict_and_leaves_the_others_to_t
     assert len(shown) == len({mode.verdict for mode in window.modes})
     for group in by_mode.values():
         assert len({trace["visible"] for trace in group}) == 1
-        assert [trace.get("line", {}).get("dash") for trace in group] == ["solid", "dash", None]
+        assert [trace.get("line", {}).get("dash") for trace in group] == ["solid", "dash", "dot", None]
 
 
 def test_displacement_draws_measured_points_with_intervals_beside_both_predictions() -> None:
     points = (
-        LagPoint(1, 100, Interval(2.0, 1.5, 2.6), 2.1, 1.9),
+        LagPoint(1, 100, Interval(2.0, 1.5, 2.6), 2.1, 1.9, 2.5),
         LagPoint(10, 10, Interval.unknown(), math.nan, 4.0),
     )
     drawn = json.loads(displacement(make_window(modes=(make_mode(displacements=points),))).plot.to_json())
-    discrete, langevin, measured = drawn["data"][-3:]
-    assert (discrete["y"], langevin["y"]) == ([2.1, None], [1.9, 4.0])
+    discrete, langevin, free, measured = drawn["data"][-4:]
+    assert (discrete["y"], langevin["y"], free["y"]) == ([2.1, None], [1.9, 4.0], [2.5, None])
     assert measured["y"] == [2.0, None]
     assert measured["error_y"]["array"] == pytest.approx([0.6, None])
     assert measured["error_y"]["arrayminus"] == pytest.approx([0.5, None])
@@ -207,6 +221,103 @@ def test_largest_curvature_is_drawn_as_found_and_as_held_out() -> None:
     found, held_out = json.loads(lambda_max(windows).plot.to_json())["data"]
     assert found["y"] == [window.curvature.lambda_max for window in windows]
     assert held_out["y"] == [windows[0].modes[0].held_out_eigenvalue, None]
+
+
+def test_density_counts_eigenvalues_and_marks_the_directions_with_their_residuals() -> None:
+    """Far from zero, where the axis is logarithmic, a lone eigenvalue has height one."""
+    window = make_window(modes=(make_mode("top_01", eigenvalue=8.0, residual=0.1),))
+    found = replace(
+        window.curvature,
+        lambda_max=10.0,
+        parameters=1000,
+        density_nodes=(0.0, 0.5, 10.4),
+        density_weights=(0.989, 0.01, 0.001),
+        density_widths=(0.001, 0.0, 0.0),
+    )
+    drawn = traces(density(replace(window, curvature=found)))
+    line, mark = drawn["all eigenvalues"], drawn["confined"]
+
+    def height(value: float) -> float:
+        place = math.asinh(value / 0.01)
+        return float(min(zip(line["x"], line["y"], strict=True), key=lambda xy: abs(xy[0] - place))[1])
+
+    assert height(10.4) == pytest.approx(1.0, rel=0.1)
+    assert height(0.5) == pytest.approx(10.0, rel=0.1)
+    assert height(0.0) == pytest.approx(989.0, rel=0.1)
+    assert height(3.0) < 0.1
+    assert mark["x"] == pytest.approx([math.asinh(10.4 / 0.01)])
+    assert mark["error_x"]["array"] == pytest.approx([math.asinh(11.4 / 0.01) - math.asinh(10.4 / 0.01)])
+
+
+def test_spectra_put_a_column_and_the_marks_of_every_window_side_by_side() -> None:
+    windows = [make_window(i) for i in range(3)]
+    drawn = json.loads(spectra(windows).plot.to_json())["data"]
+    assert [len(row) for row in drawn[0]["z"]] == [3] * len(drawn[0]["y"])
+    marks = [x for trace in drawn[1:] for x in trace["x"]]
+    assert sorted(marks) == sorted(3 * [*range(3)] + [i for i in range(3) for _ in range(11)])
+
+
+def test_slices_stand_beside_each_other_with_how_far_the_weights_get() -> None:
+    stiff = make_mode("top_01", eigenvalue=8.0)
+    flat = make_mode(
+        "flat_01", eigenvalue=0.01, verdict=Verdict.DIFFUSIVE, diffusion=Interval(2e-3, 1e-3, 4e-3)
+    )
+    offsets = (-1.0, 0.0, 1.0)
+    slices = (
+        LossSlice("top_01", offsets, (4.0, 0.0, 4.1), (0.1, 0.0, 0.2), 1.5),
+        LossSlice("flat_01", offsets, (0.1, 0.0, math.nan), (math.nan,) * 3, 1.5),
+    )
+    drawn = traces(loss_slices(make_window(modes=(stiff, flat), slices=slices, steps=1000)))
+    assert drawn["top_01 · confined"]["y"] == [4.0, 0.0, 4.1]
+    assert drawn["top_01 · confined"]["error_y"]["array"] == pytest.approx([0.1, 0.0, 0.2])
+    assert drawn["flat_01 · diffusive"]["y"] == [0.1, 0.0, None]
+    assert drawn["diffusion length after 1000 steps ± 2.00"]["x"] == pytest.approx([-2.0, 2.0])
+    at_lag = next(p for p in stiff.displacements if p.lag == stiff.diffusion_lag).measured.value
+    typical = next(t for name, t in drawn.items() if name.startswith("typical displacement over 10 steps"))
+    assert typical["x"][1] == pytest.approx(math.sqrt(at_lag))
+
+
+def test_slices_of_directions_that_a_window_no_longer_has_are_left_out() -> None:
+    slices = (LossSlice("flat_09", (0.0,), (0.0,), (0.0,), 1.0),)
+    assert not loss_slices(make_window(slices=slices)).plot.data
+
+
+def test_layers_are_those_of_the_directions_that_get_away() -> None:
+    flat = make_mode("flat_01", verdict=Verdict.DIFFUSIVE, layer_shares={"a.weight": 0.7, "b.weight": 0.2})
+    drift = make_mode("flat_02", verdict=Verdict.DRIFTING, layer_shares={"b.weight": 1.0})
+    held = make_mode("top_01", layer_shares={"c.weight": 1.0})
+    drawn = json.loads(layers(make_window(modes=(held, flat, drift))).plot.to_json())
+    assert drawn["layout"]["yaxis"]["ticktext"] == ["b.weight", "a.weight", "all others"]
+    assert drawn["data"][0]["z"] == [[0.2, 1.0], [0.7, 0.0], [pytest.approx(0.1), 0.0]]
+    assert drawn["layout"]["xaxis"]["ticktext"] == ["flat_01<br>diffusive", "flat_02<br>drifting"]
+
+
+def test_the_correlation_within_an_epoch_stands_beside_what_the_loader_makes_it() -> None:
+    mode = make_mode(epoch_correlation=Interval(-0.03, -0.04, -0.01))
+    window = make_window(
+        modes=(mode, make_mode("top_02", epoch_correlation=Interval.unknown())),
+        epoch_correlation_interval=Interval(-0.035, -0.04, -0.02),
+        expected_epoch_correlation=-1 / 27,
+    )
+    drawn = traces(autocorrelation(window))
+    assert drawn["confined"]["y"] == [-0.03]  # the other mode has none
+    assert drawn["median mode"]["error_y"]["array"] == pytest.approx([0.015])
+    assert drawn["−1/(n−1) = −0.0370"]["y"] == [-1 / 27, -1 / 27]
+
+
+def test_the_edge_is_the_largest_positive_curvature_over_the_limit() -> None:
+    modes = (
+        make_mode("top_01", eigenvalue=-9.0),
+        make_mode("top_02", eigenvalue=8.0, held_out_standard_error=1.0, end_eigenvalue=6.0),
+    )
+    unknown = make_window(1, modes=modes, stability_limit=math.nan)
+    start, end, edge = json.loads(
+        edge_of_stability([make_window(0, modes=modes, stability_limit=20.0), unknown]).plot.to_json()
+    )["data"]
+    assert start["y"] == [0.4, None] and start["error_y"]["array"] == pytest.approx([0.05, None])
+    assert end["y"] == [0.3, None] and edge["y"] == [1.0, 1.0]
+    note = edge_of_stability([unknown]).plot.layout.annotations[0].text
+    assert note == "the theory does not cover this optimizer"
 
 
 def test_names_from_a_run_are_shown_as_they_are_and_not_read_as_markup() -> None:

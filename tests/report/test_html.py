@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sgd_probe.report.compare import build_comparison, compare
 from sgd_probe.report.html import build_report, write_report
 from sgd_probe.report.wording import VERDICT_STYLES
 from sgd_probe.result import WindowResult
@@ -21,6 +24,7 @@ from tests.helpers.results import make_mode, make_window, run_info, without_numb
 
 HOSTILE = "</script><img class=owned src=x onerror=\"document.title='owned'\">'<!--&\u2028"
 MAX_BYTES = 6_000_000
+FIGURES = 12
 
 
 class Page(HTMLParser):
@@ -132,7 +136,18 @@ def test_markup_can_be_read_aloud_and_reached_by_keyboard(tmp_path: Path) -> Non
     assert page.count("h1") == page.count("main") == page.count("title") == 1
     assert page.count("table") == page.count("caption") == 2
     assert all(cell.get("scope") in {"col", "row"} for cell in page.all("th"))
-    assert page.count("figure") == page.count("figcaption") == 6
+    assert page.count("header") == page.count("nav") == page.count("footer") == 1
+    assert page.count("figure") == page.count("figcaption") == FIGURES
+    described = [plot for plot in page.all("div") if plot.get("class") == "plot"]
+    assert len({plot["aria-label"] for plot in described}) == FIGURES
+    for plot in described:
+        title, _, summary = str(plot["aria-label"]).partition(". ")
+        assert plot["role"] == "img" and title and summary.endswith(".")
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert all(deeper - level <= 1 for level, deeper in itertools.pairwise(levels)), "a level is left out"
+    targets = {link["href"] for link in page.all("a")}
+    assert targets <= {f"#{element['id']}" for _, element in page.elements if "id" in element}
+    assert len(targets) > 5
     scrolling = [block for block in page.all("div") if block.get("class") == "scroll"]
     assert all(block["tabindex"] == "0" and block["aria-labelledby"] for block in scrolling)
     identifiers = [element["id"] for _, element in page.elements if "id" in element]
@@ -140,15 +155,21 @@ def test_markup_can_be_read_aloud_and_reached_by_keyboard(tmp_path: Path) -> Non
 
 
 def test_page_is_one_file_below_the_limit_and_asks_no_network(tmp_path: Path) -> None:
-    text = build_report(write_run_folder(tmp_path, [make_window(i) for i in range(30)]))
+    text = build_report(write_run_folder(tmp_path, [make_window(i) for i in range(100)]))
     page = Page(text)
-    assert len(text.encode()) < MAX_BYTES
+    assert len(text.encode()) < MAX_BYTES / 2
     assert page.count("link") == 0
     assert all("src" not in element for _, element in page.elements)
     assert all(str(link["href"]).startswith("#") for link in page.all("a"))
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
     assert policy is not None
     assert policy.startswith("default-src 'none'")
+
+
+def test_a_page_of_a_training_that_goes_on_says_so(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path, [make_window()])
+    assert "still training at step 1203" in Page(build_report(folder, running=True)).text
+    assert "still training" not in Page(build_report(folder)).text
 
 
 def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
@@ -160,7 +181,9 @@ def test_everything_from_the_files_is_escaped(tmp_path: Path) -> None:
 
 def test_figures_survive_their_way_through_the_page(tmp_path: Path) -> None:
     page = build_report(hostile_folder(tmp_path))
-    for block in page.split('<script type="application/json"')[1:]:
+    blocks = page.split('<script type="application/json"')[1:]
+    assert len(blocks) == FIGURES
+    for block in blocks:
         data = block[block.index(">") + 1 : block.index("</script>")]
         assert json.loads(data)["data"]
 
@@ -262,19 +285,17 @@ def test_the_page_can_go_elsewhere_but_not_into_nothing(tmp_path: Path) -> None:
 
 # A real browser.
 
-MEASURE = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage({
-  frame: name, width: innerWidth, scroll: document.documentElement.scrollWidth,
-  drawn: [...document.querySelectorAll("div.plot")].filter(
-    (plot) => plot.querySelector(".main-svg .scatterlayer .trace")).length,
-  clipped: [...document.querySelectorAll(".main-svg")].filter(
-    (svg) => svg.getBoundingClientRect().right > innerWidth).length,
-  owned: document.querySelectorAll(".owned").length, title: document.title,
-  buttons: [...document.querySelectorAll(".modebar-btn")].map((button) => button.dataset.title),
-}, "*"), 300))</script></body>"""
+MEASURE = f"<script>{Path(__file__).with_name('measure.js').read_text()}</script></body>"
 COLLECT = """<script>const found = []; addEventListener("message", (event) => { found.push(event.data);
   document.getElementById("found").textContent = JSON.stringify(found); })</script><pre id="found"></pre>"""
 #: The page and the width (CSS pixels) of each frame. A window cannot be as narrow as a phone; a frame can.
-FRAMES = {"wide": ("run", 1280), "phone": ("run", 390), "hostile": ("hostile", 390)}
+FRAMES = {
+    "wide": ("run", 1280),
+    "phone": ("run", 390),
+    "hostile": ("hostile", 390),
+    "comparison": ("comparison", 1280),
+    "comparison on a phone": ("comparison", 390),
+}
 
 
 def browser() -> str:
@@ -311,6 +332,9 @@ def test_a_browser_draws_every_figure_at_both_widths_without_errors(tmp_path: Pa
         (tmp_path / f"{name}.html").write_text(
             build_report(folder).replace("</body>", MEASURE), encoding="utf-8"
         )
+    third = write_run_folder(tmp_path / "third", [make_window(2)])
+    compared = build_comparison(compare([*folders.values(), third]))
+    (tmp_path / "comparison.html").write_text(compared.replace("</body>", MEASURE), encoding="utf-8")
     frames = "".join(
         f'<iframe name="{frame}" src="{page}.html" style="border:0;width:{width}px;height:800px"></iframe>'
         for frame, (page, width) in FRAMES.items()
@@ -329,8 +353,12 @@ def test_a_browser_draws_every_figure_at_both_widths_without_errors(tmp_path: Pa
         measured = found[frame]
         assert measured["width"] == width
         assert measured["scroll"] <= width, "the page scrolls sideways"
-        assert measured["drawn"] == 6, frame
-        assert measured["clipped"] == 0
-        assert measured["owned"] == 0
-        assert measured["title"].startswith("sgd_probe report")
+        figures = 4 if frame.startswith("comparison") else FIGURES
+        assert measured["figures"] == measured["drawn"] == figures, frame
+        assert measured["clipped"] == [], "figures that reach beyond the page"
+        assert measured["hidden"] == 0
+        assert measured["owned"] == [], "words of a run that became markup"
+        assert measured["pale"] == [], "text that is hard to tell from its background"
+        assert measured["unfocused"] == [], "what has the keyboard's focus does not show it"
+        assert measured["title"].startswith(("sgd_probe report", "sgd_probe comparison"))
         assert not [title for title in measured["buttons"] if "hare" in title or "cloud" in title.lower()]

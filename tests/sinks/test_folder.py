@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 from sgd_probe.result import WindowResult
-from sgd_probe.sinks import FolderSink, RunInfo, SinkGroup, Vectors, fresh_folder, load_vectors, read_run
+from sgd_probe.sinks import (
+    FolderSink,
+    RunInfo,
+    SinkGroup,
+    Vectors,
+    folder,
+    fresh_folder,
+    load_vectors,
+    read_run,
+)
 from tests.sinks.conftest import MakeWindow, warnings_of
 
 
@@ -233,6 +242,46 @@ def test_the_end_of_the_fit_writes_the_report(
     sink.finish()
     assert "top_01" in (tmp_path / "report.html").read_text()
     assert warnings_of(caplog) == []
+
+
+def test_the_page_is_written_while_the_training_runs_as_far_as_its_time_allows(
+    tmp_path: Path, run_info: RunInfo, window: MakeWindow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "report.html"
+    sink = FolderSink(tmp_path)
+    sink.start(run_info)
+    sink.write(window(0), {})
+    assert not page.exists()  # a moment after the start, one percent of it has no room for a page
+    monkeypatch.setattr(folder, "REPORT_SHARE", 1e9)
+    sink.write(window(1), {})
+    assert "still training at step" in page.read_text(encoding="utf-8")
+    monkeypatch.setattr(folder, "REPORT_SHARE", 0.0)
+    page.unlink()
+    sink.write(window(2), {})
+    assert not page.exists()
+    sink.finish()
+    text = page.read_text(encoding="utf-8")
+    assert "3 windows" in text and "still training" not in text
+
+
+def test_a_page_that_fails_while_the_training_runs_is_not_tried_again_before_its_end(
+    tmp_path: Path,
+    run_info: RunInfo,
+    window: MakeWindow,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(folder, "REPORT_SHARE", 1e9)
+    (tmp_path / "report.html").mkdir()  # no page can be written over a folder
+    sink = FolderSink(tmp_path)
+    sink.start(run_info)
+    with caplog.at_level(logging.WARNING, "sgd_probe"):
+        sink.write(window(0), {})
+        sink.write(window(1), {})
+    assert [record.message[:36] for record in caplog.records] == [
+        "sgd_probe: no report could be written"[:36]
+    ]
+    assert len(read_run(tmp_path)[1]) == 2
 
 
 def test_a_report_that_fails_only_warns(
