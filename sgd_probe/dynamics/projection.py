@@ -22,7 +22,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 #: Steps that are projected together, at most, and the memory that they may take meanwhile.
-MOST_STEPS, MOST_BYTES = 16, 2**27
+MOST_STEPS, MOST_BYTES = 16, 2**28
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,10 @@ class Projector:
         _copy(views, [self._part(gradient) for gradient in present])
         if self._scaling is not None:
             row.mul_(self._scaling)
+        square = row.dot(row)  # while the caches hold it
         torch._foreach_copy_(moved_views, self._parts())
         self._move(moved)
-        self._squares.append(row.dot(row))
+        self._squares.append(square)
         return True
 
     def project(self, decays: Sequence[float]) -> list[Projection]:

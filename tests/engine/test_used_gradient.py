@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from sgd_probe.dynamics import projection
 from sgd_probe.dynamics.statistics import WindowStatistics
 from tests.helpers.quadratic import Quadratic, make_engine, run_window
 
@@ -142,3 +143,34 @@ def test_a_changed_weight_decay_costs_one_step(seen: list[Seen]) -> None:
     assert (result.steps, result.skipped_steps) == (59, 1)
     for now in seen:
         np.testing.assert_allclose(now.x_after, now.x - 0.02 * now.g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [60, 45])
+def test_steps_projected_together_count_as_they_would_alone(
+    monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Through a decay that changes, a step without gradients, and a window that closes while steps wait."""
+
+    def result(together: int) -> Any:
+        monkeypatch.setattr(projection, "MOST_STEPS", together)
+        module = TwoGroups()
+        groups: list[dict[str, Any]] = [{"params": [p], "weight_decay": 0.0} for p in module.parameters()]
+        groups[0]["weight_decay"] = 0.1
+        optimizer = torch.optim.SGD(groups, lr=0.02, momentum=0.5)
+        engine = make_engine(module, optimizer, top=5, window=60)
+
+        def before_step(step: int) -> None:
+            if step == 7:
+                optimizer.param_groups[0]["weight_decay"] = 0.2
+            if step == 20:
+                module.weight.grad = module.bias.grad = None
+
+        return run_window(engine, module, optimizer, steps=steps, before_step=before_step)
+
+    one, several = result(1), result(16)
+    # Left out: the step of the new decay and the one without gradients.
+    assert one.steps == several.steps == steps - 2
+    assert one.confinement_clock == several.confinement_clock
+    for ours, theirs in zip(several.modes, one.modes, strict=True):
+        for name in ("noise_kurtosis", "noise_share", "t_level", "t_trend", "drift_z", "end_eigenvalue"):
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=1e-7, err_msg=name)
