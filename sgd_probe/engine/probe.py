@@ -376,9 +376,11 @@ class ProbeEngine:
 
     def settle(self, step: int) -> None:
         """Take up the steps since the last meeting; call it after :meth:`confer`, unless some have failed."""
-        if self._window is not None and self.space.divided and self._meet_at(step):
-            with self.shared():
-                self._window.settle()
+        window = self._window
+        if window is not None and self.space.divided and self._meet_at(step):
+            with self.ledger.charge() as charge, self.shared():
+                window.settle()
+            window.observe_seconds += charge.seconds
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -393,11 +395,7 @@ class ProbeEngine:
             CurvatureError: it failed several times in a row.
         """
         try:
-            with (
-                self.ledger.charge() as charge,
-                self.shared(),
-                self._isolated(),
-            ):
+            with self.ledger.charge() as charge, self.shared(), self._isolated():
                 window = self._open(step)
         except WrongHessianError:
             raise  # waiting does not mend it
