@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from sgd_probe import ProbeConfig
 from sgd_probe.curvature.certify import MIN_BATCHES
 from sgd_probe.engine import ProbeEngine, Processes, Sampling
-from sgd_probe.engine.planning import most_vectors
+from sgd_probe.engine.planning import DIFFERENCE_VECTORS, most_vectors
 
 WAYS = {"one process": 1, "DDP, two": 2, "FSDP2, two": 2}
 #: Hidden units of the networks, and batches in a curvature set.
@@ -203,7 +203,10 @@ def formulas(way: str, point: Point, n: int) -> dict[str, list[float]]:
     sharded = way.startswith("FSDP2")
     graphs = point.graph if sharded else 2 * n * point.graph
     searched = point.finding - FLAT * CONFIG.flat_dimension
-    held = [point.vectors_held, most_vectors(CONFIG, searched) + (6 if sharded else 0) + graphs]
+    held = [
+        point.vectors_held,
+        most_vectors(CONFIG, searched) + (DIFFERENCE_VECTORS if sharded else 0) + graphs,
+    ]
     if sharded:
         resampled = 1 if n >= MIN_BATCHES else 0
         evaluations = n * (4 * products + 1 + weighed + resampled)

@@ -47,6 +47,7 @@ from sgd_probe.engine.measured import Measured, decisive_curvature
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import (
+    DIFFERENCE_VECTORS,
     SELF_TEST_GRADIENTS,
     Schedule,
     choose_curvature_batches,
@@ -288,7 +289,7 @@ class ProbeEngine:
         self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
         self._window_seconds = self._cost.seconds * self._window_gradients
         graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
-        most = most_vectors(config, self._max_vectors())
+        most = most_vectors(config, self._max_vectors()) + (DIFFERENCE_VECTORS if self.space.divided else 0)
         vectors = most * self._vector_bytes
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
