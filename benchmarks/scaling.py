@@ -1,4 +1,4 @@
-"""What a window takes on one process and on two: time, memory and what goes over the wire, beside the formulas.
+"""What a window takes on one process and on two, in time, memory and communication, beside the formulas.
 
 A multilayer perceptron is trained by one process, by two under DDP and by two under FSDP2 (fully_shard), over
 gloo on this machine. In each, one window opens, watches 50 steps and closes. The formulas are those of
@@ -13,7 +13,7 @@ import json
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from torch.nn import functional as F
 from sgd_probe import ProbeConfig
 from sgd_probe.curvature.certify import MIN_BATCHES
 from sgd_probe.engine import ProbeEngine, Processes, Sampling
+from sgd_probe.engine.planning import DIFFERENCE_VECTORS, most_vectors
 
 WAYS = {"one process": 1, "DDP, two": 2, "FSDP2, two": 2}
 #: Hidden units of the networks, and batches in a curvature set.
-FULL, QUICK = ((256, 8), (1024, 8)), ((64, 2), (128, 2))
+FULL, QUICK = ((256, 8), (1024, 4)), ((64, 2), (128, 2))
 TOP, FLAT, BATCH, STEPS, INPUTS, CLASSES = 2, 1, 32, 50, 64, 10
+CONFIG = ProbeConfig(top=TOP, flat=FLAT, window=STEPS, every_n_steps=10**6)
 #: A message of at least this share of the weights is one of vectors; shorter ones are a few numbers.
 LONG = 0.25
 
@@ -49,6 +51,7 @@ class Point:
         closing: seconds.
         watching: seconds a step.
         vectors_held: peak of memory while it opened, in vectors of this process's weights.
+        graph: bytes of the graph of one batch, in the same unit.
         vectors_reduced: all-reduced for the window, in units of P.
         evaluations: of the loss on a batch.
         small: all-reduces of a few numbers.
@@ -63,6 +66,7 @@ class Point:
     closing: float
     watching: float
     vectors_held: float
+    graph: float
     vectors_reduced: float
     evaluations: int
     small: int
@@ -135,7 +139,7 @@ def measure(rank: int, way: str, width: int, batches: int, folder: str) -> None:
         module,
         counter.loss,
         optimizer,
-        ProbeConfig(top=TOP, flat=FLAT, curvature_batches=batches, window=STEPS, every_n_steps=10**6),
+        replace(CONFIG, curvature_batches=batches),
         sampling=Sampling("with_replacement"),
         planned_steps=1e6,
         processes=processes,
@@ -179,6 +183,7 @@ def measure(rank: int, way: str, width: int, batches: int, folder: str) -> None:
         closing=cost.close_seconds,
         watching=cost.observe_seconds / STEPS,
         vectors_held=held * 2**20 / 4 / engine.space.size,
+        graph=engine._cost.graph_bytes / 4 / engine.space.size,
         vectors_reduced=counter.reduced,
         evaluations=counter.evaluations,
         small=counter.small,
@@ -193,9 +198,16 @@ def measure(rank: int, way: str, width: int, batches: int, folder: str) -> None:
 def formulas(way: str, point: Point, n: int) -> dict[str, list[float]]:
     """Measured beside what docs/scaling.md says."""
     k, products = point.directions, point.finding + 2 * point.directions
-    # What certification weighs by noise takes the held-out gradients once for each flat direction, and once more.
+    # Weighing curvature by noise takes the held-out gradients once for each flat direction, and once more.
     weighed = FLAT + 1 if n >= MIN_BATCHES else 0
-    if way.startswith("FSDP2"):
+    sharded = way.startswith("FSDP2")
+    graphs = point.graph if sharded else 2 * n * point.graph
+    searched = point.finding - FLAT * CONFIG.flat_dimension
+    held = [
+        point.vectors_held,
+        most_vectors(CONFIG, searched) + (DIFFERENCE_VECTORS if sharded else 0) + graphs,
+    ]
+    if sharded:
         resampled = 1 if n >= MIN_BATCHES else 0
         evaluations = n * (4 * products + 1 + weighed + resampled)
         # The self-test: two products of one batch, a gradient and two values.
@@ -203,11 +215,13 @@ def formulas(way: str, point: Point, n: int) -> dict[str, list[float]]:
             "seconds of a window": [point.opening + point.closing, evaluations * point.gradient],
             "evaluations of a batch": [point.evaluations, evaluations + 8 + 3],
             "vectors of P reduced": [point.vectors_reduced, 0.0],
+            "vectors held, with graphs": held,
         }
     reduced = point.finding + 1 + (k + weighed) * n + k if way.startswith("DDP") else 0
     return {
         "seconds of a window": [point.opening + point.closing, 2 * n * products * point.gradient],
         "vectors of P reduced": [point.vectors_reduced, reduced],
+        "vectors held, with graphs": held,
     }
 
 
@@ -228,18 +242,14 @@ def main() -> None:
                 "gradient": point.gradient,
                 "step": point.step,
                 "watching": point.watching,
-                "vectors held": point.vectors_held,
                 "small reductions": point.small,
             }
-            print(
-                f"\n{way}, P = {point.weights:,}, n = {batches}: {point.finding} products found the directions"
-            )
+            print(f"\n{way}, P = {point.weights:,}, n = {batches}: {point.finding} finding products")
             for what, (measured, formula) in found.items():
                 print(f"  {what:26} {measured:10.2f}   by formula {formula:10.2f}")
             print(f"  {'a gradient, a step':26} {point.gradient * 1e3:10.2f} {point.step * 1e3:10.2f} ms")
             share = point.watching / point.step
             print(f"  {'watching a step':26} {point.watching * 1e3:10.2f} ms, {share:.0%} of it")
-            print(f"  {'peak while it opens':26} {point.vectors_held:10.1f} vectors of a process's weights")
             print(f"  {'small reductions':26} {point.small:10d}")
     if options.json:
         print(json.dumps(summary))

@@ -24,8 +24,8 @@ class FiniteDifferenceOperator(HessianOperator):
 
     Four gradients a product (eight at most) and the memory of one; no graph of the gradient is built.
     Nothing chooses it in place of :class:`HessianOperator`: whoever wants it says so
-    (``ProbeConfig.second_derivatives``). Call it inside
-    :func:`sgd_probe.isolation.isolated`.
+    (``ProbeConfig.second_derivatives``), or has divided the weights among processes, where there is no other
+    way. Call it inside :func:`sgd_probe.isolation.isolated`.
 
     A unit whose input changes sign within the step spoils the difference. Measured in float64: right to
     1e-6 at steps of 1e-8 and below of the weights, wrong by factors on a ResNet-20 with ReLU at 1e-7 and

@@ -17,6 +17,9 @@ LANCZOS_PRODUCTS = 35
 #: What a product costs in gradients: on a graph that is kept, on one that is built for it, by finite
 #: differences at two steps (more where those do not agree).
 KEPT_PRODUCT, REBUILT_PRODUCT, DIFFERENCE_PRODUCT = 2.0, 3.2, 4.0
+#: Vectors beside the solver's that differences in place are taken with: the weights' own bits, the shift, two
+#: gradients, and the product at two steps.
+DIFFERENCE_VECTORS = 6
 #: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
 SELF_TEST_GRADIENTS = 40
 #: Two slices of the loss, in gradients of a batch: 22 losses, each with the graph that it is left without.

@@ -48,6 +48,7 @@ from sgd_probe.engine.measured import Measured, decisive_curvature
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import (
+    DIFFERENCE_VECTORS,
     SELF_TEST_GRADIENTS,
     Schedule,
     choose_curvature_batches,
@@ -283,6 +284,7 @@ class ProbeEngine:
         self._window_seconds = self._cost.seconds * self._window_gradients
         graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
         most = most_vectors(config, self._max_vectors(), steps_together(self._vector_bytes))
+        most += DIFFERENCE_VECTORS if self.space.divided else 0
         vectors = most * self._vector_bytes
         count = self._batches_per_set
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
@@ -383,9 +385,11 @@ class ProbeEngine:
 
     def settle(self, step: int) -> None:
         """Take up the steps since the last meeting; call it after :meth:`confer`, unless some have failed."""
-        if self._window is not None and self.space.divided and self._meet_at(step):
-            with self.shared():
-                self._window.settle()
+        window = self._window
+        if window is not None and self.space.divided and self._meet_at(step):
+            with self.ledger.charge() as charge, self.shared():
+                window.settle()
+            window.observe_seconds += charge.seconds
 
     def open_window(self, step: int) -> ModeBasis | None:
         """Find the modes at the present weights and begin to observe.
@@ -401,11 +405,7 @@ class ProbeEngine:
         """
         try:
             self._follow(step)
-            with (
-                self.ledger.charge() as charge,
-                self.shared(),
-                self._isolated(),
-            ):
+            with self.ledger.charge() as charge, self.shared(), self._isolated():
                 window = self._open(step)
         except WrongHessianError:
             raise  # waiting does not mend it

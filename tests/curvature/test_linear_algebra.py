@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from sgd_probe.curvature.krylov import KrylovBasis
-from sgd_probe.curvature.linear_algebra import CHUNK, inner, norm, random_unit
+from sgd_probe.curvature.linear_algebra import (
+    CHUNK,
+    dimension,
+    dot,
+    gram,
+    inner,
+    norm,
+    orthogonality,
+    random_unit,
+)
 from tests.helpers.dense import assert_orthonormal
 
 SIZES = [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 30 * CHUNK + 17]
@@ -88,3 +97,22 @@ def test_random_units() -> None:
     double = random_unit(1000, LIKE.double(), torch.Generator().manual_seed(4))
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), first)
+
+
+def test_a_reduction_makes_products_those_of_whole_vectors() -> None:
+    """Two processes with the same part each: the whole vector is that part twice."""
+    generator = torch.Generator().manual_seed(0)
+    part = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    both = torch.cat([part, part], dim=1)
+
+    def twice(sums: torch.Tensor) -> torch.Tensor:
+        return 2 * sums
+
+    torch.testing.assert_close(inner(part, part[0], twice), inner(both, both[0]))
+    torch.testing.assert_close(gram(part, twice), gram(both))
+    assert norm(part[0], twice) == pytest.approx(norm(both[0]), rel=1e-12)
+    assert dot(part[0], part[1], twice) == pytest.approx(dot(both[0], both[1]), rel=1e-6)
+    assert dimension(50, twice) == 100
+    assert norm(random_unit(50, part, generator, twice), twice) == pytest.approx(1, rel=1e-6)
+    unit = both / torch.linalg.vector_norm(both, dim=1, keepdim=True)
+    assert orthogonality(unit[:, :50], twice) == pytest.approx(orthogonality(unit), rel=1e-5)

@@ -21,6 +21,7 @@ from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.sharded import ShardedDifferenceOperator, at_rest
 from sgd_probe.curvature.space import ParameterSpace
+from sgd_probe.engine import ProbeConfig, ProbeEngine, Sampling
 from sgd_probe.engine.distributed import Processes
 from sgd_probe.engine.window import radial_shares
 from sgd_probe.isolation import isolated
@@ -87,7 +88,7 @@ def main(rank: int, folder: Path) -> Any:
     """All that one of the processes finds, in one start."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Shard
 
     dist.init_process_group("gloo")
     processes = Processes(torch.device("cpu"))
@@ -109,7 +110,7 @@ def main(rank: int, folder: Path) -> Any:
     def caught(work: Callable[[], object]) -> str:
         try:
             work()
-        except CurvatureError as error:
+        except (CurvatureError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
@@ -192,6 +193,26 @@ def main(rank: int, folder: Path) -> Any:
         kinked = ShardedDifferenceOperator(relu, loss, batches(False, rank), relu_space, ranks=processes)
         direction = torch.randn(relu_space.size, generator=torch.Generator().manual_seed(rank))
         found["relu"] = caught(lambda: kinked.matvec(direction))
+
+    def engine_on(module: nn.Module, **options: Any) -> Callable[[], object]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        config, sampling = ProbeConfig(**options), Sampling("with_replacement")
+        return lambda: ProbeEngine(
+            module, loss, optimizer, config, sampling=sampling, planned_steps=1e3, processes=processes
+        )
+
+    some, columns, hooked = network(), nn.Sequential(nn.Linear(6, 4)), sharded(network())
+    fully_shard(some[0], mesh=mesh)
+    fully_shard(columns, mesh=mesh, shard_placement_fn=lambda weights: Shard(weights.ndim - 1))
+    weight: Any = next(hooked.parameters())
+    weight.register_post_accumulate_grad_hook(lambda weights: None)
+    found["refused"] = [
+        caught(engine_on(some)),
+        caught(engine_on(columns)),
+        caught(engine_on(hooked)),
+        caught(engine_on(module, microbatch=4)),
+        caught(engine_on(module)),
+    ]
     dist.barrier()
     dist.destroy_process_group()
     return found
@@ -295,3 +316,13 @@ def test_a_failure_of_one_ends_the_product_on_both_and_the_next_is_right(found: 
 def test_kinks_are_unreliable_there_as_well(found: list[Any]) -> None:
     for one in found:
         assert "unreliable" in one["relu"]
+
+
+def test_what_is_divided_in_another_way_is_refused_by_name(found: list[Any]) -> None:
+    for one in found:
+        some, columns, hooked, pieces, fine = one["refused"]
+        assert "3.weight whole on every process and 0.weight not" in some and "`params`" in some
+        assert "divided by rows over all processes, found 0.weight" in columns
+        assert "register_post_accumulate_grad_hook" in hooked
+        assert "expected no `microbatch`" in pieces and "found 4" in pieces
+        assert fine == "nothing"
