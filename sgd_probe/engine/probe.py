@@ -31,7 +31,7 @@ from sgd_probe.curvature.lanczos import most_products, smallest_basis
 from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
-from sgd_probe.curvature.slices import loss_slice
+from sgd_probe.curvature.slices import MOST_BATCHES, loss_slices
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
@@ -670,8 +670,9 @@ class ProbeEngine:
         if resampled is not None:
             variances = [interval.value for interval in resampled.variance]
         length = _diffusion_length(basis, variances, trace / self._accumulation, optimizer, plan.steps)
-        wall = _wall(basis, variances[0] * self._accumulation / len(certifying))
-        slices, unsliced = self._slices(basis, certifying, space, _REACH * max(length, wall))
+        sliced = certifying[:MOST_BATCHES]
+        wall = _wall(basis, variances[0] * self._accumulation / len(sliced))
+        slices, unsliced = self._slices(basis, sliced, space, _REACH * max(length, wall))
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
@@ -718,7 +719,7 @@ class ProbeEngine:
         chosen = [0] if (flattest := _flattest(basis)) is None else [0, flattest]
         try:
             with self._operator(batches, space, retain=False) as operator:
-                found = [loss_slice(operator, basis.vectors[index], reach) for index in chosen]
+                found = loss_slices(operator, basis.vectors[chosen], reach)
         except WrongHessianError:
             raise
         except CurvatureError as error:
