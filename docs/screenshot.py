@@ -3,7 +3,7 @@ r"""Take pictures of a page of the probe, or of its parts, in headless Chromium.
 The README's picture, and those of docs/panels.md (a file for each figure):
 
     python docs/screenshot.py demo_run/sgd_probe/report.html docs/images/report.png \
-        --keep header figures figure-spectrum figure-displacement --size 1280,1330
+        --keep header figures figure-spectrum figure-displacement --size 1280,1560
     python docs/screenshot.py demo_run/sgd_probe/report.html docs/images/panels --each
 """
 
@@ -66,6 +66,8 @@ def main() -> int:
         return 0
     options.picture.mkdir(parents=True, exist_ok=True)
     for name, height in heights(browser, page):
+        if options.keep and f"figure-{name}" not in options.keep:
+            continue
         alone = (
             f"{style(['figures', f'figure-{name}'])}<style>{BARE}main {{ padding-top: {MARGIN}px }}</style>"
         )

@@ -175,25 +175,27 @@ class HessianOperator:
         """Weight and flat gradient of every batch in turn."""
         return self._per_batch(self._gradient)
 
-    def losses(self, vector: Tensor, offsets: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
-        """Weight of every batch in turn, and its losses along a line through the weights.
+    def losses(self, vectors: Tensor, offsets: Sequence[float]) -> Iterator[tuple[float, Tensor]]:
+        """Weight of every batch in turn, and its losses along lines through the weights.
 
         Args:
-            vector: direction of the line, shape (size,).
-            offsets: multiples of it.
+            vectors: directions of the lines, shape (k, size).
+            offsets: multiples of them.
 
         Returns:
-            With each weight a tensor of shape (1 + len(offsets),): the loss at the weights, then how far it
-            rises above that at every offset. A graph is built for each and dropped.
+            With each weight a tensor of shape (1 + k * len(offsets),): the loss at the weights, then how far
+            it rises above that at every offset of the first line, of the second and so on. A graph is built
+            for each and dropped.
 
         Raises:
             CurvatureError: a loss is not finite.
         """
-        return self._per_batch(partial(self._losses, vector=vector, offsets=offsets))
+        return self._per_batch(partial(self._losses, vectors=vectors, offsets=offsets))
 
-    def _losses(self, piece: CurvatureBatch, vector: Tensor, offsets: Sequence[float]) -> Tensor:
+    def _losses(self, piece: CurvatureBatch, vectors: Tensor, offsets: Sequence[float]) -> Tensor:
         here = self._value(piece)
-        rises = [self._value(piece, offset * vector) - here for offset in offsets]
+        shifts = (offset * vector for vector in vectors for offset in offsets)
+        rises = [self._value(piece, shift) - here for shift in shifts]
         return torch.tensor([here, *rises], dtype=self.space.dtype, device=self.space.device)
 
     def _value(self, piece: CurvatureBatch, shift: Tensor | None = None) -> float:

@@ -11,7 +11,9 @@ from torch import Tensor
 from sgd_probe.curvature.hessian import HessianOperator
 
 #: Points on each side of the weights.
-SIDE_POINTS = 5
+SIDE_POINTS = 3
+#: More batches would say little more.
+MOST_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,15 @@ class Slice:
     loss: float
 
 
-def loss_slice(operator: HessianOperator, vector: Tensor, reach: float) -> Slice:
-    """Evaluate the loss on both sides of the weights; no weight is written to.
+def loss_slices(operator: HessianOperator, vectors: Tensor, reach: float) -> list[Slice]:
+    """Evaluate the loss on both sides of the weights, along each direction; no weight is written to.
 
-    It costs ``2 * SIDE_POINTS + 1`` losses of each batch and the memory of one graph. Call it inside
+    It costs ``1 + 2 k SIDE_POINTS`` losses of each batch and the memory of one graph. Call it inside
     :func:`sgd_probe.isolation.isolated`.
 
     Args:
-        operator: its batches say what the loss is; best such as did not find the direction.
-        vector: unit vector, shape (size,).
+        operator: its batches say what the loss is; best such as did not find the directions.
+        vectors: unit rows, shape (k, size).
         reach: largest displacement, positive.
 
     Raises:
@@ -50,18 +52,25 @@ def loss_slice(operator: HessianOperator, vector: Tensor, reach: float) -> Slice
         raise ValueError(f"expected a positive, finite reach, found {reach}")
     steps = [reach * step / SIDE_POINTS for step in range(1, SIDE_POINTS + 1)]
     offsets = [*(-step for step in reversed(steps)), *steps]
-    weights, rows = zip(*operator.losses(vector, offsets), strict=True)
+    weights, rows = zip(*operator.losses(vectors, offsets), strict=True)
     values = torch.stack(rows).double().cpu()
     shares = torch.tensor(weights, dtype=torch.float64)
     means = shares @ values
     # Paired: every batch is compared with itself at zero.
     spread = shares @ (values - means).square()
     errors = (spread / (len(rows) - 1)).sqrt() if len(rows) > 1 else torch.full_like(means, math.nan)
-    loss, *rises = means.tolist()
-    _, *doubts = errors.tolist()
-    return Slice(
-        offsets=(*offsets[:SIDE_POINTS], 0.0, *offsets[SIDE_POINTS:]),
-        rises=(*rises[:SIDE_POINTS], 0.0, *rises[SIDE_POINTS:]),
-        errors=(*doubts[:SIDE_POINTS], 0.0, *doubts[SIDE_POINTS:]),
-        loss=loss,
-    )
+    loss, sides = float(means[0]), len(offsets)
+    return [
+        Slice(
+            offsets=_with_zero(offsets),
+            rises=_with_zero(means[1 + line * sides : 1 + (line + 1) * sides].tolist()),
+            errors=_with_zero(errors[1 + line * sides : 1 + (line + 1) * sides].tolist()),
+            loss=loss,
+        )
+        for line in range(len(vectors))
+    ]
+
+
+def _with_zero(values: list[float]) -> tuple[float, ...]:
+    """What is measured on both sides, and nothing in the middle."""
+    return (*values[:SIDE_POINTS], 0.0, *values[SIDE_POINTS:])

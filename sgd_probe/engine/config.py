@@ -49,8 +49,8 @@ class ProbeConfig:
             unused weights look perfectly flat.
         sampling: how the loader draws; set it where "auto" cannot know.
         seed: of the probe's own random vectors.
-        slices: evaluate the loss along one stiff and one near-flat direction when a window opens, at
-            forward passes of the held-out batches worth about nine gradients of each.
+        slices: evaluate the loss along one stiff and one near-flat direction when a window opens: 13 forward
+            passes of each held-out batch, of eight of them at most.
         max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
             it rebuild them for every product; "auto" takes half of the free memory.
         max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;

@@ -22,8 +22,8 @@ KEPT_PRODUCT, REBUILT_PRODUCT, DIFFERENCE_PRODUCT = 2.0, 3.2, 4.0
 DIFFERENCE_VECTORS = 6
 #: The self-test before a run's first window, on one batch in float64, in gradients of that batch.
 SELF_TEST_GRADIENTS = 40
-#: Two slices of the loss, in gradients of a batch: 22 losses, each with the graph that it is left without.
-SLICE_GRADIENTS = 9.0
+#: Two slices of the loss, in gradients of a batch: 13 losses, each with a graph that is dropped at once.
+SLICE_GRADIENTS = 5.0
 #: Windows that a run should have, where its budget allows.
 WINDOWS_WANTED = 10
 #: Bounds on the samples of a curvature set.

@@ -35,7 +35,7 @@ from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
 from sgd_probe.curvature.sharded import ShardedDifferenceOperator, at_rest
-from sgd_probe.curvature.slices import loss_slice
+from sgd_probe.curvature.slices import MOST_BATCHES, loss_slices
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
@@ -781,8 +781,9 @@ class ProbeEngine:
             variances = [interval.value for interval in resampled.variance]
         of_random = trace / self._accumulation / space.dimension
         length = _diffusion_length(basis, variances, of_random, optimizer, plan.steps)
-        wall = _wall(basis, variances[0] * self._accumulation / len(certifying))
-        slices, unsliced = self._slices(basis, certifying, space, _REACH * max(length, wall))
+        sliced = certifying[:MOST_BATCHES]
+        wall = _wall(basis, variances[0] * self._accumulation / len(sliced))
+        slices, unsliced = self._slices(basis, sliced, space, _REACH * max(length, wall))
         index = self._schedule.opened
         self._schedule.open(step)
         modes = len(basis.modes)
@@ -839,7 +840,7 @@ class ProbeEngine:
         chosen = [0] if (flattest := _flattest(basis)) is None else [0, flattest]
         try:
             with self._operator(batches, space, retain=False) as operator:
-                found = [loss_slice(operator, basis.vectors[index], reach) for index in chosen]
+                found = loss_slices(operator, basis.vectors[chosen], reach)
         except WrongHessianError:
             raise
         except CurvatureError as error:

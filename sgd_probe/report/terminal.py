@@ -36,7 +36,7 @@ def window_summary(result: WindowResult, *, rich: bool | None = None, width: int
     if rich is None:
         rich = importlib.util.find_spec("rich") is not None and sys.stdout.isatty() and sys.stderr.isatty()
     if width is None:
-        width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+        width = min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
     columns = len(_COLUMNS) if width >= _FULL else len(_COLUMNS) - 2
     rows = [_row(mode)[:columns] for mode in result.modes]
     table = _rich_table(result, rows, width) if rich else _plain_table(rows)

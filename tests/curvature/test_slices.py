@@ -11,7 +11,7 @@ from torch import nn
 
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.hessian import CurvatureError, HessianOperator
-from sgd_probe.curvature.slices import SIDE_POINTS, Slice, loss_slice
+from sgd_probe.curvature.slices import SIDE_POINTS, Slice, loss_slices
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import isolated
 from tests.helpers.quadratic import Quadratic, loss
@@ -30,10 +30,10 @@ def sliced(
     space = ParameterSpace.of(module)
     if scales is not None:
         space = space.scaled([scales])
-    vector = torch.zeros(len(CURVATURES), dtype=torch.float64)
-    vector[axis] = 1.0
+    axes = torch.eye(len(CURVATURES), dtype=torch.float64)
     with isolated(module, []), HessianOperator(module, loss, frozen, space) as operator:
-        found = loss_slice(operator, vector, reach)
+        first, found = loss_slices(operator, axes[[0, axis]], reach)
+    assert first.loss == found.loss
     return found, drawn
 
 
@@ -43,7 +43,7 @@ def test_a_parabola_with_the_gradient_of_the_batches(axis: int, scale: float | N
     module = Quadratic(CURVATURES, start=[0.3, -0.2, 0.1])
     found, drawn = sliced(module, axis, 2.0, scales=scale)
     assert len(found.offsets) == 2 * SIDE_POINTS + 1
-    assert found.offsets == pytest.approx([-2, -1.6, -1.2, -0.8, -0.4, 0, 0.4, 0.8, 1.2, 1.6, 2])
+    assert found.offsets == pytest.approx([-2, -4 / 3, -2 / 3, 0, 2 / 3, 4 / 3, 2])
     noises = torch.stack([batch.mean(0)[axis] * math.sqrt(8) for batch in drawn])
     here = float(module.weight[axis].detach())
     for offset, rise, error in zip(found.offsets, found.rises, found.errors, strict=True):

@@ -56,7 +56,7 @@ def test_slices_cost_nothing_where_they_are_not_wanted(result: WindowResult) -> 
         counts.append(len(evaluations))
         assert bool(found.slices) is slices
         assert [m.held_out_eigenvalue for m in found.modes] == [m.held_out_eigenvalue for m in result.modes]
-    assert counts[0] - counts[1] == 2 * 11 * 8  # directions, points, batches
+    assert counts[0] - counts[1] == (1 + 2 * 6) * 8  # zero, directions, points beside it, batches
 
 
 def test_a_loss_without_a_number_on_the_line_costs_the_slices_only() -> None:

@@ -117,8 +117,8 @@ def density(result: WindowResult) -> Figure:
         "density",
         "The directions among all eigenvalues",
         "The line counts the eigenvalues of the Hessian within about 25% of each place (linear below "
-        f"{number(axis.linear, 1)}): isolated peaks of height one are the stiff directions, the hill at zero is "
-        "the bulk, whose inner structure this estimate does not resolve; marks are the directions of this "
+        f"{number(axis.linear, 1)}): isolated peaks of height one are the stiff directions, the hill at zero "
+        "is the bulk, whose inner structure this estimate does not resolve; marks are the directions of this "
         "window, their bars the residual within which a top mode's eigenvalue lies.",
         with_empty_note(plot, [*counts, *modes]),
         f"{found.parameters:,} eigenvalues, the largest {number(found.lambda_max)}{told}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from sgd_probe.report.wording import VERDICT_STYLES
+from sgd_probe.report.wording import VERDICT_STYLES, number
 from sgd_probe.result import Interval, ModeKind, ModeResult, WindowResult
 
 INK = "#1b1b1b"
@@ -23,6 +23,7 @@ _WIDE, _NARROW = 1000, 275
 _LEGEND_ROW = 20
 _LEGEND_SYMBOL = 45
 _WIDE_DECADES = 2.0  # a log axis over more than this labels powers of ten only
+_NARROW_DECADES = 0.5  # over less than this, all digits
 _MAX_TICKS = 8
 _MAX_NAME = 24
 
@@ -103,7 +104,13 @@ def log_axis(values: Iterable[float]) -> dict[str, object]:
         decades = math.ceil((max(logs) - min(logs)) / 8)
         minor = {"ticks": "outside", "ticklen": 3, "tickcolor": SOFT}
         return {"type": "log", "dtick": decades, "minor": minor}
-    return {"type": "log", "dtick": "D2"}  # 1, 2, 5, 10, 20 ...
+    if not logs:
+        return {"type": "log"}
+    # Over little more than a decade Plotly would label every digit.
+    digits = (1, 2, 5) if max(logs) - min(logs) > _NARROW_DECADES else range(1, 10)
+    exponents = range(math.floor(min(logs)) - 1, math.ceil(max(logs)) + 1)
+    ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+    return {"type": "log", "tickvals": ticks, "ticktext": [number(tick, 1) for tick in ticks]}
 
 
 def window_axis(results: Sequence[WindowResult]) -> dict[str, object]:
