@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
+from sgd_probe.curvature.memory import is_out_of_memory
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import rehearsed, seed_all
 
@@ -124,9 +125,9 @@ class AliasedLoss(nn.Module):
         )
         try:
             return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise WrongHessianError(
                 "expected a loss that torch.autograd.grad can differentiate twice, found one that it cannot "
                 f"({str(error).strip().splitlines()[0]}). Use what has a second derivative in the training "

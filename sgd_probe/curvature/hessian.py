@@ -75,6 +75,7 @@ class HessianOperator:
             are.
         microbatch: most samples of a graph; None takes batches whole. It is right where the mean over a
             batch's pieces is its loss: ask :func:`~sgd_probe.curvature.microbatches.check_pieces` first.
+        home: where vectors are held that go in and come out, if not with the weights.
         ranks: the processes of a distributed training, each with as many batches of its own. A batch is then
             what all of them hold at that place, its loss the mean of theirs: what a step of the training is
             made of. Every result is the same on all.
@@ -95,6 +96,7 @@ class HessianOperator:
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
         ranks: Ranks | None = None,
+        home: torch.device | None = None,
     ) -> None:
         if not batches:
             raise ValueError("expected at least one curvature batch, found none")
@@ -109,6 +111,7 @@ class HessianOperator:
         self._pieces = tuple(cut(batch, microbatch) for batch in self.batches)
         self._graphs: dict[int, _Graph] = {}  # by the id of the piece, which lives as long
         self._ranks = ranks
+        self.home = home or self.space.device
         counts = [float(batch.samples) for batch in self.batches]
         if ranks is not None:
             counts = ranks.total(counts)
@@ -139,7 +142,7 @@ class HessianOperator:
         """Hessian times vector.
 
         Args:
-            vector: shape (size,), of the space's dtype and device.
+            vector: shape (size,), of the space's dtype, at home.
 
         Returns:
             A new tensor of the same shape.
@@ -148,11 +151,12 @@ class HessianOperator:
             CurvatureError: the product is not finite.
         """
         self.products += 1
+        vector = vector.to(self.space.device)
         product = partial(self._product, vector=vector)
         if self._ranks is not None:
-            return self._ranks.mean(partial(self._weighted, product), vector)
+            return self._ranks.mean(partial(self._weighted, product), vector).to(self.home)
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
-        return _mean(tuple(chain.from_iterable(self._pieces)), product)
+        return _mean(tuple(chain.from_iterable(self._pieces)), product).to(self.home)
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Weight and product of every batch in turn; the weights add up to one.
@@ -161,7 +165,7 @@ class HessianOperator:
             CurvatureError: a product is not finite.
         """
         self.products += 1
-        return self._per_batch(partial(self._product, vector=vector))
+        return self._per_batch(partial(self._product, vector=vector.to(self.space.device)))
 
     def gradients(self) -> Iterator[tuple[float, Tensor]]:
         """Weight and flat gradient of every batch in turn."""
@@ -171,7 +175,8 @@ class HessianOperator:
         like = torch.empty(self.size, dtype=self.space.dtype, device=self.space.device)
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
-            yield weight, work() if self._ranks is None else self._ranks.mean(work, like)
+            found = work() if self._ranks is None else self._ranks.mean(work, like)
+            yield weight, found.to(self.home)
 
     def _weighted(self, value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
         """This process's part of a mean over batches that all processes hold."""
@@ -254,7 +259,7 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
     count = len(operator.batches)
     if count < 2:
         return math.nan
-    mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.space.device)
+    mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.home)
     squares = 0.0
     for _, gradient in operator.gradients():
         squares += float(gradient.double().square().sum())

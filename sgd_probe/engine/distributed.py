@@ -6,7 +6,6 @@ same, and all learn of it there.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import CurvatureError, WrongHessianError
-
-log = logging.getLogger("sgd_probe")
+from sgd_probe.curvature.memory import is_out_of_memory
 
 _T = TypeVar("_T")
 _NOT_FINITE = (
     "expected finite values on all processes, found inf or nan, or a process that failed: its log says how"
 )
-#: How bad it is: nothing, worth another try later, for good.
-_FINE, _LATER, _FOR_GOOD = 0.0, 1.0, 2.0
+#: On what is raised on all of them.
+_SHARED = "raised on all processes"
+#: How bad it is: nothing, worth another try later, or with less memory, for good.
+_FINE, _LATER, _SHORT, _FOR_GOOD = 0.0, 1.0, 2.0, 3.0
 
 
 class Processes:
@@ -48,6 +48,7 @@ class Processes:
 
         Raises:
             CurvatureError: the work has failed on one of them, or its result is not finite.
+            MemoryError: memory was short on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
         error: Exception | None = None
@@ -56,6 +57,9 @@ class Processes:
         except Exception as failure:
             # Poison instead of a flag of its own: a second reduction is needed only where something is wrong.
             error, value = failure, torch.full_like(like, math.nan)
+        return self._averaged(value, error)
+
+    def _averaged(self, value: Tensor, error: Exception | None) -> Tensor:
         dist.all_reduce(value)
         value.div_(self.size)
         if not math.isfinite(float(value.sum())) and not bool(torch.isfinite(value).all()):
@@ -67,6 +71,7 @@ class Processes:
 
         Raises:
             CurvatureError: it has failed on one of them.
+            MemoryError: memory was short on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
         error: Exception | None = None
@@ -78,6 +83,31 @@ class Processes:
         if self._worst(error):
             self._raise(error)
         return found  # type: ignore[return-value]
+
+    def in_step(self, work: Callable[[], _T], like: Tensor) -> _T:
+        """Work in which they meet by means only, and one may fail in between, alone.
+
+        The others then are in a mean, or in the one that ends this: there they learn of it.
+
+        Args:
+            work: on this process.
+            like: a tensor such as those that its means are taken of; ours to change. A process that is short
+                of memory could not make another.
+
+        Raises:
+            CurvatureError: it has failed on one of them.
+            MemoryError: memory was short on one of them.
+            WrongHessianError: it has failed in a way that waiting does not mend.
+        """
+        try:
+            found = work()
+        except Exception as error:
+            if _SHARED in getattr(error, "__notes__", ()):
+                raise
+            self._averaged(like.fill_(math.nan), error)
+            raise
+        self._averaged(like.zero_(), None)
+        return found
 
     def total(self, numbers: Sequence[float]) -> list[float]:
         """Sums over the processes."""
@@ -106,13 +136,16 @@ class Processes:
         told = str(error) if error is not None else "another process of the training failed; see its log"
         if error is not None and not isinstance(error, CurvatureError):
             told = f"{type(error).__name__}: {told}"
-            log.warning("sgd_probe: process %d failed: %s", self.rank, told)
-        kind = WrongHessianError if worst == _FOR_GOOD else CurvatureError
-        raise kind(told) from error
+        kinds: dict[float, type[Exception]] = {_SHORT: MemoryError, _FOR_GOOD: WrongHessianError}
+        shared = kinds.get(worst, CurvatureError)(told)
+        shared.add_note(_SHARED)
+        raise shared from error
 
 
 def _severity(error: Exception | None) -> float:
     if error is None:
         return _FINE
-    mends = isinstance(error, CurvatureError | torch.OutOfMemoryError)
-    return _LATER if mends and not isinstance(error, WrongHessianError) else _FOR_GOOD
+    if is_out_of_memory(error):
+        return _SHORT
+    mends = isinstance(error, CurvatureError) and not isinstance(error, WrongHessianError)
+    return _LATER if mends else _FOR_GOOD

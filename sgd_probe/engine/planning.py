@@ -43,6 +43,23 @@ class WindowPlan:
     reason: str
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """What the preflight says of a run; the pause is that of the next opening.
+
+    Attributes:
+        step: optimizer steps done when the first window opens; NaN for later ones.
+        pause: seconds for which an opening holds the training up.
+        bytes: memory that a window takes at its peak.
+        windows: in the whole run.
+    """
+
+    step: float = math.nan
+    pause: float = math.nan
+    bytes: float = math.nan
+    windows: float = math.nan
+
+
 def finding_products(config: ProbeConfig) -> int:
     """About how many Hessian-vector products it takes to find the directions of a window."""
     interior = INTERIOR_PRODUCTS if config.interior else 0
@@ -69,6 +86,21 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
     """
     certifying = 2 * (config.top + config.interior + config.flat)
     return product_gradients(config, kept) * (finding_products(config) + certifying)
+
+
+def closing_gradients(config: ProbeConfig, kept: bool = True) -> float:
+    """The part of :func:`gradients_per_batch` that a window costs when it closes: a product a direction."""
+    return product_gradients(config, kept) * (config.top + config.interior + config.flat)
+
+
+def basis_passes(config: ProbeConfig) -> float:
+    """Vectors that are read while directions are found: each product is made orthogonal to the basis.
+
+    The search goes over its own basis once a product, the near-flat directions twice over all that it has
+    left behind and over what they have of their own.
+    """
+    flat_products = config.flat * config.flat_dimension
+    return LANCZOS_PRODUCTS**2 / 2 + 2 * flat_products * (LANCZOS_PRODUCTS + config.flat_dimension / 2)
 
 
 def most_vectors(config: ProbeConfig, basis_vectors: int) -> int:
@@ -176,6 +208,26 @@ def turning_limit(overlap_at_start: float, overlap_at_end: float, steps: int) ->
     if not (steps > 0 and 0 < overlap_at_end < overlap_at_start):
         return math.inf
     return steps * math.log(2) / math.log(overlap_at_start / overlap_at_end)
+
+
+def windows_ahead(config: ProbeConfig, steps: float, seconds: float, window_seconds: float) -> float:
+    """About how many windows a run will have; infinity where it has no end.
+
+    Args:
+        config: the knobs.
+        steps: optimizer steps from the first opening to the end of the run.
+        seconds: that the training takes for them, about.
+        window_seconds: what a window takes, about.
+    """
+    if math.isinf(steps):
+        return math.inf
+    length = SHORTEST_WINDOW if config.window == "auto" else config.window
+    period = config.every_n_steps or length
+    most = max(math.floor((steps - MIN_WINDOW) / period) + 1, 0)
+    if config.every_n_steps is not None:
+        return most
+    affordable = math.floor(config.max_overhead * seconds / window_seconds) if window_seconds > 0 else most
+    return min(max(affordable, int(window_seconds <= config.grace_seconds)), most)
 
 
 class Schedule:

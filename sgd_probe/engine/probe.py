@@ -6,6 +6,8 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,8 @@ from sgd_probe.curvature.hessian import (
     gradient_noise_trace,
     measure_gradient,
 )
-from sgd_probe.curvature.lanczos import most_products, smallest_basis
+from sgd_probe.curvature.krylov import measure_pass
+from sgd_probe.curvature.memory import is_out_of_memory
 from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
@@ -38,19 +41,23 @@ from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.distributed import Processes
-from sgd_probe.engine.ledger import Ledger, duration, free_memory
+from sgd_probe.engine.frugality import Frugality
+from sgd_probe.engine.ledger import Ledger, duration
 from sgd_probe.engine.measured import Measured, decisive_curvature
+from sgd_probe.engine.memory import Means, resident_bytes
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import (
     SELF_TEST_GRADIENTS,
+    Foretold,
     Schedule,
-    choose_curvature_batches,
+    basis_passes,
     choose_window,
+    closing_gradients,
     finding_products,
     gradients_per_batch,
-    most_vectors,
     turning_limit,
+    windows_ahead,
 )
 from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import summarise
@@ -78,6 +85,10 @@ class _Agreed(NamedTuple):
     collect: bool = False
     open: bool = False
     close: bool = False
+
+
+class OutOfMeansError(CurvatureError):
+    """Memory is too short for a window, whatever is given up."""
 
 
 class ProbeEngine:
@@ -117,7 +128,7 @@ class ProbeEngine:
         self.space = ParameterSpace.of(module, params, among=moved)
         self.config = config
         self.sampling = sampling
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.space.device)
         self._module = module
         self._loss = loss
         self._optimizer = optimizer
@@ -134,9 +145,11 @@ class ProbeEngine:
         self._differences = config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
+        self._pass_seconds = 0.0
+        self._frugality = Frugality(config, self.space.device, self._vector_bytes, processes)
         self._batches_per_set = 0
-        self._window_gradients = 0.0
         self._window_seconds = 0.0
+        self._foretold = Foretold()
         self._pool: list[CurvatureBatch] = []
         self._collecting = False
         self._batch_index = 0
@@ -257,39 +270,31 @@ class ProbeEngine:
         Raises:
             CurvatureError: the loss cannot be probed.
         """
-        frozen, config = self._freeze(batch, index), self.config
-        kind = FiniteDifferenceOperator if self._differences else HessianOperator
-        with self.ledger.charge(), isolated(self._module, self._optimizer.param_groups):
-            self._alone(lambda: self._check_pieces([frozen]))
-            self._cost = self._alone(
-                lambda: measure_gradient(
-                    self._module, self._loss, frozen, self.space, config.microbatch, kind, self._dtype
-                )
+        frozen = self._freeze(batch, index)
+        with self.ledger.charge():
+            self._try(frozen)
+            assert self._cost is not None
+            self._frugality.plan(
+                self._cost,
+                frozen.content,
+                frozen.samples,
+                self._planned_steps,
+                lambda size: self._pieces_hold([frozen], size),
             )
-        for kept in (True, False):
-            self._batches_per_set = choose_curvature_batches(
-                config, frozen.samples, self._planned_steps, kept
-            )
-            if self._retain_graphs():
-                break
-        if self._processes is not None:
-            self._batches_per_set = round(self._processes.least(self._batches_per_set))
-        retained = self._retain_graphs()
-        per_batch = gradients_per_batch(config, retained)
-        self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
-        self._window_seconds = self._cost.seconds * self._window_gradients
-        graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
-        most = most_vectors(config, self._max_vectors())
-        vectors = most * self._vector_bytes
-        count = self._batches_per_set
+        self._batches_per_set = self._frugality.used.batches
+        self._foresee(step)
+        means, sizes = self._frugality.used, self._frugality.sizes
+        config, count, graphs = means.config, means.batches, means.graph_bytes(sizes)
+        rebuilt = "" if means.keep_graphs else ", rebuilt for every product"
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
         lines = [
             f"{self.space.size:,} weights; {stiff} and {config.flat} near-flat directions from "
             f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
-            f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
-            f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
-            f"{(graphs + vectors) / 2**20:,.0f} MB "
-            f"({graphs / 2**20:,.0f} MB of graphs{'' if retained else ', rebuilt for every product'}).",
+            f"The first window opens at about optimizer step {self._foretold.step:.0f} and "
+            f"pauses the training for about {duration(self._foretold.pause)}; it needs at most "
+            f"{self._foretold.bytes / 2**20:,.0f} MB "
+            f"({graphs / 2**20:,.0f} MB of graphs{rebuilt}).",
+            *(f"Memory is short: {note}." for note in self._frugality.notes),
             *self._ways(),
             self._pace(),
             f"Optimizer: {self._read_optimizer().describe()}.",
@@ -367,23 +372,28 @@ class ProbeEngine:
             The basis, or None where the curvature could not be had this time (a warning says why).
 
         Raises:
-            CurvatureError: it failed several times in a row.
+            CurvatureError: it failed several times in a row, or nothing is left that takes less memory.
         """
+        device = torch.device("cpu") if self._frugality.used.on_cpu else self.space.device
         try:
-            with self.ledger.charge() as charge, isolated(self._module, self._optimizer.param_groups):
-                self._window = self._open(step)
-        except WrongHessianError:
+            before = resident_bytes(device)
+            with self.ledger.charge() as charge:
+                self._window = self._open_frugally(step)
+        except (WrongHessianError, OutOfMeansError):
             raise  # waiting does not mend it
-        except (CurvatureError, torch.OutOfMemoryError) as error:
+        except CurvatureError as error:
             self._failures += 1
             self._schedule.postpone(step, RETRY_STEPS)
             if self._failures >= MAX_FAILURES:
                 raise CurvatureError(f"{error} ({self._failures} windows in a row)") from error
-            log.warning(
-                "sgd_probe: no window at step %d: %s. It is tried again in %d steps.",
+            log.log(
+                logging.WARNING if self._failures == 1 else logging.INFO,
+                "sgd_probe: no window at step %d: %s. It is tried again every %d steps, %d times in a row at "
+                "most.",
                 step,
                 error,
                 RETRY_STEPS,
+                MAX_FAILURES,
             )
             return None
         finally:
@@ -391,6 +401,10 @@ class ProbeEngine:
             self._collecting = False
         self._failures = 0
         self._window.open_seconds = charge.seconds
+        self._window.foretold = self._foretold
+        now = resident_bytes(device)
+        if before is not None and now is not None and now[1] > before[1]:
+            self._window.peak_bytes = now[1] - before[0]
         return self._window.basis
 
     def observe(self) -> None:
@@ -421,7 +435,15 @@ class ProbeEngine:
             later = self._revisit(window)
             changes = window.preconditioner_changes()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
+        # The next one has no self-test, which took its share of the first.
+        self._foretold = dataclasses.replace(self._foretold, pause=window.open_seconds, step=math.nan)
         cost = CostResult(
+            longest_pause_seconds=self.ledger.longest,
+            foretold_open_seconds=window.foretold.pause,
+            foretold_step=window.foretold.step,
+            foretold_bytes=window.foretold.bytes,
+            foretold_windows=window.foretold.windows,
+            peak_bytes=window.peak_bytes,
             open_seconds=window.open_seconds,
             observe_seconds=window.observe_seconds,
             close_seconds=charge.seconds,
@@ -472,7 +494,7 @@ class ProbeEngine:
         if whole and self._schedule.opened == 0 and self._schedule.step_seconds is not None:
             # A gradient was timed once, perhaps at a bad moment: it takes no longer than a whole step.
             gradient = self._schedule.step_seconds / self._accumulation
-            self._window_seconds = min(self._window_seconds, gradient * self._window_gradients)
+            self._window_seconds = min(self._window_seconds, sum(self._expected_seconds(gradient)))
         spent, training = self.ledger.spent, self.ledger.training
         due = self._schedule.due(step, lead, spent, self._window_seconds, training)
         if self._schedule.unaffordable and not self._over_budget_said:
@@ -500,19 +522,19 @@ class ProbeEngine:
                 "they are unreliable, as on ReLU networks in float32, no window opens."
             )
         if self._pieces_gap is not None:
+            piece = self._frugality.used.config.microbatch
             found.append(
-                f"Curvature batches are taken in pieces of at most {self.config.microbatch} samples; on one "
-                f"batch, loss and gradient agree with those of the whole to {self._pieces_gap:.0e}."
+                f"Curvature batches are taken in pieces of at most {piece} samples; on one batch, loss and "
+                f"gradient agree with those of the whole to {self._pieces_gap:.0e}."
             )
         return found
 
     def _pace(self) -> str:
-        config = self.config
+        config, windows = self.config, self._foretold.windows
+        count = "" if math.isinf(windows) else f"; {windows:.0f} over the run"
         if config.every_n_steps is not None:
-            return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs."
-        # A training step takes about a gradient for each microbatch.
-        assert self._cost is not None
-        seconds = self._cost.seconds * self._accumulation * (self._planned_steps - self._schedule.next_step)
+            return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs{count}."
+        seconds = self._training_seconds()
         if self._window_seconds > max(config.grace_seconds, config.max_overhead * seconds):
             enough = min(1.2 * self._window_seconds / seconds, 0.99)
             return (
@@ -520,7 +542,35 @@ class ProbeEngine:
                 f"then no window opens. max_overhead={enough:.2g} would allow one; every_n_steps opens them "
                 "whatever they cost."
             )
-        return f"Further windows open as {config.max_overhead:.0%} of the training's time allows."
+        count = "" if math.isinf(windows) else f": about {windows:.0f} over the run"
+        return f"Windows open as {config.max_overhead:.0%} of the training's time allows{count}."
+
+    def _training_seconds(self) -> float:
+        """About what is left of it: a training step takes about a gradient for each microbatch."""
+        assert self._cost is not None
+        return self._cost.seconds * self._accumulation * (self._planned_steps - self._schedule.next_step)
+
+    def _expected_seconds(self, gradient: float) -> tuple[float, float]:
+        """Pauses of the first window, opening and closing, if a gradient takes so many seconds."""
+        means = self._frugality.used
+        each, closing = (
+            count(means.config, means.keep_graphs) for count in (gradients_per_batch, closing_gradients)
+        )
+        opening = SELF_TEST_GRADIENTS + (each - closing) * means.batches
+        passes = basis_passes(means.config) * self._pass_seconds
+        return gradient * opening + passes, gradient * closing * means.batches
+
+    def _foresee(self, step: int) -> None:
+        """From what the preflight has measured."""
+        assert self._cost is not None
+        means, sizes = self._frugality.used, self._frugality.sizes
+        pauses = self._expected_seconds(self._cost.seconds)
+        self._window_seconds = sum(pauses)
+        opening = step + math.ceil(2 * means.batches / self._accumulation)
+        windows = windows_ahead(
+            self.config, self._planned_steps - opening, self._training_seconds(), self._window_seconds
+        )
+        self._foretold = Foretold(opening, pauses[0], means.bytes(sizes), windows)
 
     def _freeze(self, batch: Any, index: int) -> CurvatureBatch:
         return CurvatureBatch.freeze(batch, index, seed=self.config.seed + index)
@@ -538,58 +588,36 @@ class ProbeEngine:
             "share samples, and held-out values are then not independent of those on the finding batches."
         )
 
-    def _retain_graphs(self) -> bool:
-        if self._differences:
-            return False
-        limit = self.config.max_graph_bytes
-        if limit == "auto":
-            free = free_memory(self.space.device)
-            limit = free // 2 if free is not None else 2**30
-        return self._all_graph_bytes <= limit
-
-    @property
-    def _all_graph_bytes(self) -> int:
-        """Of both sets: the finding one's graphs are still there while the other certifies."""
-        assert self._cost is not None
-        return 2 * self._batches_per_set * self._cost.graphs * self._cost.graph_bytes
-
     @property
     def _vector_bytes(self) -> int:
         return self.space.size * (self._dtype or self.space.dtype).itemsize
 
-    def _max_vectors(self) -> int:
-        """Vectors that the eigensolver may hold: what memory has room for, or it needs at the least.
-
-        Raises:
-            CurvatureError: not even those fit.
-        """
-        config = self.config
-        needed = smallest_basis(config.top) + config.interior
-        limit = config.max_basis_bytes
-        if limit == "auto":
-            free = free_memory(self.space.device)
-            limit = free // 2 if free is not None else 2**32
-        room = limit // self._vector_bytes
-        if self._processes is not None:
-            room = int(self._processes.least(room))
-        if room < needed:
-            fewer = "`top` or `interior`" if config.interior else "`top`"
-            raise CurvatureError(
-                f"expected memory for {needed} vectors of {self._vector_bytes / 2**20:,.0f} MB, found room "
-                f"for {room}: lower {fewer}, raise `max_basis_bytes` or choose layers with `params`"
-            )
-        return min(room, most_products(config.top))
-
     def _operator(
-        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool, alone: bool = False
+        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, means: Means, alone: bool = False
     ) -> HessianOperator:
-        size, ranks = self.config.microbatch, None if alone else self._processes
+        size, ranks = means.config.microbatch, None if alone else self._processes
+        home = torch.device("cpu") if means.on_cpu else None
         if self._differences:
             return FiniteDifferenceOperator(
-                self._module, self._loss, batches, space, dtype=self._dtype, microbatch=size, ranks=ranks
+                self._module,
+                self._loss,
+                batches,
+                space,
+                dtype=self._dtype,
+                microbatch=size,
+                ranks=ranks,
+                home=home,
             )
         return HessianOperator(
-            self._module, self._loss, batches, space, retain, self._dtype, microbatch=size, ranks=ranks
+            self._module,
+            self._loss,
+            batches,
+            space,
+            means.keep_graphs,
+            self._dtype,
+            microbatch=size,
+            ranks=ranks,
+            home=home,
         )
 
     def _alone(self, work: Callable[[], _T]) -> _T:
@@ -604,54 +632,127 @@ class ProbeEngine:
         except ValueError as error:
             raise CurvatureError(str(error)) from error
 
-    def _check_pieces(self, batches: Sequence[CurvatureBatch]) -> None:
-        """Once in a run, on the first batch that is large enough to be cut."""
-        if self.config.microbatch is not None and self._pieces_gap is None:
-            largest = max(batches, key=lambda batch: batch.samples)
-            self._pieces_gap = check_pieces(
-                self._module, self._loss, largest, self.space, self.config.microbatch, self._dtype
-            )
+    def _try(self, batch: CurvatureBatch) -> None:
+        """Take a gradient and its graph, of a part of the batch where memory is too short for the whole."""
+        size = self.config.microbatch
+        kind = FiniteDifferenceOperator if self._differences else HessianOperator
+        while True:
+            try:
+                with isolated(self._module, self._optimizer.param_groups):
+                    if size is not None:
+                        self._check_pieces([batch], size)
+                    self._cost = self._alone(
+                        lambda size=size: measure_gradient(  # type: ignore[misc]
+                            self._module, self._loss, batch, self.space, size, kind, self._dtype
+                        )
+                    )
+                    like = torch.empty(0, dtype=self._dtype or self.space.dtype, device=self.space.device)
+                    self._pass_seconds = self._alone(lambda: measure_pass(like, self.space.size))  # noqa: B023
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = _first_line(error)
+            size = min(size or batch.samples, batch.samples) // 4
+            if not size:
+                raise OutOfMeansError(f"memory is too short for the graph of a single sample ({told})")
+            self._forget_failure()
 
-    def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator) -> None:
+    def _check_pieces(self, batches: Sequence[CurvatureBatch], size: int) -> None:
+        """On the first batch that is large enough to be cut.
+
+        Raises:
+            CurvatureError: the mean over its pieces is another loss.
+        """
+        largest = max(batches, key=lambda batch: batch.samples)
+        self._pieces_gap = self._alone(
+            lambda: check_pieces(self._module, self._loss, largest, self.space, size, self._dtype)
+        )
+
+    def _pieces_hold(self, batches: Sequence[CurvatureBatch], size: int) -> bool:
+        """Whether batches may be cut to save memory."""
+        try:
+            with isolated(self._module, self._optimizer.param_groups):
+                self._check_pieces(batches, size)
+        except Exception as error:
+            if not (isinstance(error, CurvatureError) or is_out_of_memory(error)):
+                raise
+            return False
+        return True
+
+    def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator, means: Means) -> None:
         """Ask before the run's first search whether the operator is a Hessian (on one piece, if it cuts)."""
         if self._self_test:
             return
-        pieces = cut(batches[0], self.config.microbatch)
+        pieces = cut(batches[0], means.config.microbatch)
+        kept = dataclasses.replace(means, keep_graphs=not self._differences, on_cpu=False)
         # Whether derivatives are right has nothing to do with how an optimizer scales the weights.
-        if len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
-            with self._operator(pieces[:1], self.space, retain=True, alone=True) as small:
-                self._self_test = self._alone(lambda: self_test(small, self._generator))
-        else:
+        whole = len(pieces) == 1 and self._processes is None and not means.on_cpu
+        if whole and operator.space is self.space:
             self._self_test = self_test(operator, self._generator)
+        else:
+            with self._operator(pieces[:1], self.space, kept, alone=True) as small:
+                self._self_test = self._alone(lambda: self_test(small, self._generator))
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
         log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
 
-    def _open(self, step: int) -> Window:
+    def _open_frugally(self, step: int) -> Window:
+        """Open a window; where an allocation fails, try again with less."""
+        pool = self._pool
+
+        def pieces_hold(size: int) -> bool:
+            return self._pieces_hold(pool, size)
+
+        if self._frugality.refit(pieces_hold):
+            self._say(f"memory is short at step {step}: {'; '.join(self._frugality.notes) or 'no longer'}")
+        while True:
+            try:
+                with isolated(self._module, self._optimizer.param_groups):
+                    return self._open(step, self._frugality.used)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = _first_line(error)
+            # Only here, where the exception has let go of what it held.
+            self._forget_failure()
+            given_up = self._frugality.shrink(pieces_hold)
+            if not given_up:
+                raise OutOfMeansError(
+                    "memory is too short for a window, whatever is given up "
+                    f"({told}): free some, or choose layers with `params`"
+                )
+            self._say(
+                f"memory was short while a window opened at step {step} ({told}); it is tried again, and "
+                f"from now on {'; '.join(given_up)}"
+            )
+
+    def _say(self, message: str) -> None:
+        if self._processes is None or self._processes.rank == 0:
+            log.warning("sgd_probe: %s.", message)
+
+    def _forget_failure(self) -> None:
+        """Hand back what a failed attempt has left to the collector and to torch's allocator."""
+        gc.collect()
+        if self.space.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open(self, step: int, means: Means) -> Window:
         # Alternating, so that both sets see the same stretch of the training data.
-        finding, certifying = self._pool[0::2], self._pool[1::2]
-        config, retain = self.config, self._retain_graphs()
+        sets = (self._pool[0::2], self._pool[1::2])
+        finding, certifying = (batches[: means.batches] for batches in sets)
+        config = means.config
         optimizer = self._read_optimizer()
         space = self._alone(lambda: self._scaled_space(optimizer))
-        self._alone(lambda: self._check_pieces(self._pool))
-        with self._operator(finding, space, retain) as operator:
-            self._test_once(finding, operator)
-            trace = gradient_noise_trace(operator)
-            with self._operator(certifying, space, retain) as held_out:
-                basis = find_modes(
-                    operator,
-                    held_out,
-                    top=config.top,
-                    flat=config.flat,
-                    interior=config.interior,
-                    tolerance=config.tolerance,
-                    flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
-                    flat_dimension=config.flat_dimension,
-                    generator=self._generator,
-                    max_vectors=self._max_vectors(),
-                    start=self._warm_start,
-                    on_product=self.on_product,
-                )
-                resampled, start_gradient = self._resample(held_out, basis)
+        if config.microbatch is not None and self._pieces_gap is None:
+            self._check_pieces(self._pool, config.microbatch)
+        with (
+            self._operator(finding, space, means) as operator,
+            self._operator(certifying, space, means) as held_out,
+        ):
+            self._test_once(finding, operator, means)
+            trace, basis, (resampled, start_gradient) = self._in_step(
+                lambda: self._search(operator, held_out, step, means)
+            )
         self._warm_start = basis.vectors[: config.top].sum(0)
         decays = _decays(basis, space, optimizer)
         curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]
@@ -691,12 +792,43 @@ class ProbeEngine:
             projector=Projector(
                 basis.vectors,
                 space.parameters,
-                space.scaling,
+                None if space.scaling is None else space.scaling.to(basis.vectors.device),
                 optimizer.decay_is_preconditioned,
                 basis.images,
             ),
-            warnings=[note for note in (self._repeats(), _difference_note(operator, held_out)) if note],
+            warnings=[
+                *(f"Memory was short: {note}." for note in self._frugality.notes),
+                *(note for note in (self._repeats(), _difference_note(operator, held_out)) if note),
+            ],
         )
+
+    def _search(
+        self, finding: HessianOperator, certifying: HessianOperator, step: int, means: Means
+    ) -> tuple[float, ModeBasis, tuple[Resampled | None, tuple[float, ...]]]:
+        """The directions, and what the batches' gradients say at the window's start."""
+        trace = gradient_noise_trace(finding)
+        basis = find_modes(
+            finding,
+            certifying,
+            top=means.config.top,
+            flat=means.config.flat,
+            interior=means.config.interior,
+            tolerance=means.config.tolerance,
+            flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
+            flat_dimension=means.config.flat_dimension,
+            generator=self._generator,
+            max_vectors=means.vectors,
+            start=self._warm_start,
+            on_product=self.on_product,
+        )
+        return trace, basis, self._resample(certifying, basis)
+
+    def _in_step(self, work: Callable[[], _T]) -> _T:
+        """Work in which the processes meet, and any of them may run out of memory between two meetings."""
+        if self._processes is None:
+            return work()
+        like = torch.empty(self.space.size, dtype=self._dtype or self.space.dtype, device=self.space.device)
+        return self._processes.in_step(work, like)
 
     def _resample(
         self, operator: HessianOperator, basis: ModeBasis
@@ -732,15 +864,34 @@ class ProbeEngine:
             window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
             return nothing
         room = not math.isnan(window.basis.held_out_overlap)
-        try:
-            with (
-                isolated(self._module, self._optimizer.param_groups),
-                self._operator(window.certifying, window.space, self._retain_graphs()) as operator,
-            ):
-                return revisit(operator, window.basis.vectors, window.top if room else 0)
-        except (CurvatureError, torch.OutOfMemoryError) as error:
-            window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
-            return nothing
+        away = window.basis.vectors.device != window.space.device
+        means, reason = dataclasses.replace(self._frugality.used, on_cpu=away), ""
+        # A basis that is held stays; products may take less.
+        for frugal in (means, dataclasses.replace(means, keep_graphs=False)):
+            try:
+                with (
+                    isolated(self._module, self._optimizer.param_groups),
+                    self._operator(window.certifying, window.space, frugal) as operator,
+                ):
+                    top = window.top if room else 0
+                    return self._in_step(lambda: revisit(operator, window.basis.vectors, top))  # noqa: B023
+            except Exception as error:
+                short = is_out_of_memory(error)
+                if not short and not isinstance(error, CurvatureError):
+                    raise
+                reason = _first_line(error) if short else str(error)
+            if not short or not means.keep_graphs:
+                break
+            self._forget_failure()
+        window.warnings.append(f"The curvature at the window's end could not be measured: {reason}.")
+        return nothing
+
+
+def _first_line(error: BaseException) -> str:
+    """Of an allocator's message, which may go on about its pools."""
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    found = line.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code")[0]
+    return f"{type(error).__name__}: {found[:160].rstrip('.')}"
 
 
 def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) -> tuple[float, ...]:
@@ -752,7 +903,7 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
     shares = []
     for where in space.slices:  # one at a time: the whole basis in float64 would be as much as two of it
         rows = basis.vectors[:, where].double()
-        shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
+        shares.append((rows if scaling is None else rows * scaling[where].to(rows)).square().sum(1))
     weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
     return tuple((weights @ torch.stack(shares)).tolist())
 

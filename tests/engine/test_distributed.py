@@ -74,7 +74,7 @@ def _products(processes: Processes) -> Any:
 def _caught(work: Callable[[], object]) -> str:
     try:
         work()
-    except (CurvatureError, WrongHessianError) as error:
+    except (CurvatureError, WrongHessianError, MemoryError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -87,6 +87,15 @@ def _failures(processes: Processes) -> Any:
             raise error
         return torch.ones(3)
 
+    def between(processes: Processes, meetings: int = 1) -> None:
+        """One runs out of memory alone, the others have still a mean ahead of them, or none."""
+        for meeting in range(2):
+            if first and meeting == meetings:
+                raise MemoryError("no room")
+            processes.mean(lambda: torch.ones(3), like)
+        if first and meetings == 2:
+            raise MemoryError("no room")
+
     def infinite() -> Tensor:
         return torch.tensor([1.0, float("inf") if first else 1.0, 1.0])
 
@@ -95,6 +104,14 @@ def _failures(processes: Processes) -> Any:
         "user": _caught(lambda: processes.mean(lambda: fails(KeyError("batch")), like)),
         "infinite": _caught(lambda: processes.mean(infinite, like)),
         "alone": _caught(lambda: processes.together(lambda: fails(CurvatureError("not today")))),
+        "between": _caught(lambda: processes.in_step(lambda: between(processes), like.clone())),
+        "at the end": _caught(lambda: processes.in_step(lambda: between(processes, 2), like.clone())),
+        "in a mean": _caught(
+            lambda: processes.in_step(
+                lambda: processes.mean(lambda: fails(CurvatureError("not today")), like), like.clone()
+            )
+        ),
+        "in step": processes.in_step(lambda: processes.mean(lambda: like, like).tolist(), like.clone()),
         "fine": processes.mean(lambda: torch.full((3,), 1.0 + processes.rank), like).tolist(),
         "numbers": [processes.least(processes.rank), *processes.total([1.0, processes.rank])],
     }
@@ -129,10 +146,12 @@ def test_products_are_those_of_all_batches_and_the_same_on_all(tmp_path: Path) -
 
 def test_a_failure_of_one_is_a_failure_of_all(tmp_path: Path) -> None:
     first, second = run_processes("tests.engine.test_distributed", tmp_path, case="failures")
-    assert first["memory"] == "CurvatureError: OutOfMemoryError: no room"
-    assert (
-        second["memory"].startswith("CurvatureError: expected finite values") or "another" in second["memory"]
-    )
+    assert first["memory"] == "MemoryError: OutOfMemoryError: no room"
+    for case in ("memory", "between", "at the end"):
+        assert first[case].endswith("no room")
+        assert second[case].startswith("MemoryError: expected finite values")
+    for found in (first, second):
+        assert found["in a mean"].startswith("CurvatureError: ") and found["in step"] == [1.0, 1.0, 1.0]
     assert first["user"].startswith("WrongHessianError: KeyError")
     assert second["user"].startswith("WrongHessianError: ")
     assert first["infinite"].startswith("CurvatureError: ") and second["infinite"].startswith(
