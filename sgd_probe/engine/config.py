@@ -53,6 +53,10 @@ class ProbeConfig:
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
+        verify: compare the user's state (weights, buffers, gradients, the optimizer's state, random numbers,
+            attributes, metric states, and globals that the module's methods refer to) before and after
+            all that the probe does, at every 64th observed step too; what differs is named, put back, and
+            the probe is switched off. For doubts: it holds a second copy of that state and reads it twice.
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -82,6 +86,7 @@ class ProbeConfig:
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
     checkpoint_window: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, check, wanted in _RULES:
@@ -142,4 +147,5 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
+    ("verify", lambda v: isinstance(v, bool), "True or False"),
 )

@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -61,6 +62,7 @@ from sgd_probe.engine.planning import (
 )
 from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import summarise
+from sgd_probe.engine.verification import Verification
 from sgd_probe.engine.window import Window, radial_shares
 from sgd_probe.isolation import isolated
 from sgd_probe.result import CostResult, WindowResult
@@ -71,6 +73,8 @@ log = logging.getLogger("sgd_probe")
 MAX_FAILURES = 3
 #: Steps to wait after a window that failed to open.
 RETRY_STEPS = 200
+#: Under ``verify`` the user's state is compared at every so many observed steps, once.
+VERIFIED_STEPS = 64
 #: Of what checkpoints hold of a probe.
 STATE_FORMAT = 1
 #: Processes of a distributed training settle what is to happen every so many optimizer steps.
@@ -146,6 +150,7 @@ class ProbeEngine:
         self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
         self._pass_seconds = 0.0
+        self._verification = Verification(module, optimizer) if config.verify else None
         self._frugality = Frugality(config, self.space.device, self._vector_bytes, processes)
         self._batches_per_set = 0
         self._window_seconds = 0.0
@@ -271,7 +276,7 @@ class ProbeEngine:
             CurvatureError: the loss cannot be probed.
         """
         frozen = self._freeze(batch, index)
-        with self.ledger.charge():
+        with self.ledger.charge(), self._verified("the preflight"):
             self._try(frozen)
             assert self._cost is not None
             self._frugality.plan(
@@ -377,8 +382,9 @@ class ProbeEngine:
         device = torch.device("cpu") if self._frugality.used.on_cpu else self.space.device
         try:
             before = resident_bytes(device)
-            with self.ledger.charge() as charge:
-                self._window = self._open_frugally(step)
+            with self.ledger.charge() as charge, self._verified(f"opening a window at step {step}"):
+                window = self._open_frugally(step)
+            self._window = window
         except (WrongHessianError, OutOfMeansError):
             raise  # waiting does not mend it
         except CurvatureError as error:
@@ -415,7 +421,8 @@ class ProbeEngine:
         if window.due:  # it waits for the next meeting of the processes
             window.late += 1
             return
-        with self.ledger.charge() as charge:
+        seen = window.statistics.steps + window.statistics.skipped
+        with self.ledger.charge() as charge, self._verified("reading a step", seen % VERIFIED_STEPS == 0):
             window.observe(self.sampling.draw(self._batch_index))
         window.observe_seconds += charge.seconds
 
@@ -431,7 +438,7 @@ class ProbeEngine:
         window, self._window = self._window, None
         if window is None:
             return None
-        with self.ledger.charge() as charge:
+        with self.ledger.charge() as charge, self._verified(f"closing a window at step {step}"):
             later = self._revisit(window)
             changes = window.preconditioner_changes()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
@@ -484,6 +491,9 @@ class ProbeEngine:
             window.basis.held_out_overlap, later.overlap, window.statistics.steps
         )
         return summarise(measured), window.basis.vectors
+
+    def _verified(self, what: str, now: bool = True) -> AbstractContextManager[None]:
+        return nullcontext() if self._verification is None or not now else self._verification.around(what)
 
     def _window_due(self, step: int) -> bool:
         # Under a budget an open window has its own cost to show before the next is thought of.

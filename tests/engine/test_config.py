@@ -34,6 +34,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "max_basis_bytes": (0, -1, 1e9, None, "1 GB"),
     "save_vectors": (1, 0, None, "yes"),
     "checkpoint_window": (1, 0, None, "always"),
+    "verify": (1, 0, None, "always"),
 }
 GOOD: dict[str, tuple[Any, ...]] = {
     "top": (1, 100),
@@ -57,6 +58,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "max_basis_bytes": ("auto", 1, 2**30),
     "save_vectors": (True, False),
     "checkpoint_window": (True, False),
+    "verify": (True, False),
 }
 
 
