@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +29,9 @@ MIN_SAMPLES, MAX_SAMPLES = 128, 2_048
 MAX_BATCHES = 32
 #: Longest window that "auto" chooses, in optimizer steps.
 MAX_WINDOW = 2_000
-#: The pace of the training is measured over so many steps, after the slow first ones.
-WARM_UP_STEPS, PACE_STEPS = 5, 20
+#: The pace of the training is measured over so many steps at least, after the slow first ones, and over the
+#: last ones then.
+WARM_UP_STEPS, PACE_STEPS, PACE_STEPS_KEPT = 5, 20, 200
 #: Shortest window to which "auto" is cut because modes turn: flat directions can still be told.
 SHORTEST_WINDOW = 100
 #: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
@@ -253,7 +256,8 @@ class Schedule:
         self._config = config
         self._planned = planned_steps
         self._first = self.next_step = first_step
-        self._pace_from: tuple[int, float] | None = None
+        self._seen: tuple[int, float] | None = None
+        self._paces: deque[float] = deque(maxlen=PACE_STEPS_KEPT)
         self.opened = 0
         self.unaffordable = False
         self.step_seconds: float | None = None
@@ -272,11 +276,7 @@ class Schedule:
             window_cost: estimated seconds of one more window.
             training: training seconds so far, without the probe's.
         """
-        if self._pace_from is None and step >= self._first + WARM_UP_STEPS:
-            self._pace_from = step, training
-        elif self._pace_from is not None and step >= self._pace_from[0] + PACE_STEPS:
-            from_step, from_seconds = self._pace_from
-            self.step_seconds = (training - from_seconds) / (step - from_step)
+        self._note_pace(step, training)
         opening = step + lead
         if opening < self.next_step or self.steps_left(opening) < MIN_WINDOW:
             return False
@@ -289,9 +289,18 @@ class Schedule:
             return True
         if self.step_seconds is None:
             return False
-        whole = (self._planned - self._first) * self.step_seconds
+        whole = training + self.steps_left(step) * self.step_seconds
         self.unaffordable = spent + window_cost > budget * whole
         return not self.unaffordable
+
+    def _note_pace(self, step: int, training: float) -> None:
+        """The median step: what only the first steps cost (compiling, workers that start) says nothing."""
+        if self._seen is not None and step > self._seen[0] >= self._first + WARM_UP_STEPS:
+            self._paces.append((training - self._seen[1]) / (step - self._seen[0]))
+        if self._seen is None or step > self._seen[0]:
+            self._seen = step, training
+            if len(self._paces) >= PACE_STEPS:
+                self.step_seconds = statistics.median(self._paces)
 
     def open(self, step: int) -> None:
         """Note that a window opens now."""

@@ -150,7 +150,7 @@ class _Walk:
             ("torch", _digest(torch.get_rng_state())),
         ):
             self.found[f"random numbers of {name}"] = _short(state)
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             for index, states in enumerate(torch.cuda.get_rng_state_all()):
                 self.found[f"random numbers of cuda:{index}"] = _digest(states)
 
@@ -311,7 +311,7 @@ def _digest(tensor: Tensor) -> str:
         return f"{tensor.layout} on {tensor.device}"
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=6)
     bits = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    found.update(memoryview(bits.view(torch.uint8).numpy()))
+    found.update(bits.view(torch.uint8).numpy().data)
     return f"#{found.hexdigest()}"
 
 

@@ -50,7 +50,7 @@ from sgd_probe.integrations.session import (
 )
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
-from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
+from sgd_probe.sinks.folder import RUN_FILE, FolderSink
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
 from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
@@ -81,8 +81,8 @@ def _guarded(
             if self._strict:
                 raise
             log.warning(
-                "sgd_probe: switched off for the rest of this fit (%s: %s). Training goes on untouched; "
-                "strict=True raises instead.",
+                "sgd_probe: switched off for the rest of this fit (%s: %s). Training goes on untouched; the "
+                "next fit has the probe again, and strict=True raises instead.",
                 type(error).__name__,
                 error,
                 exc_info=log.isEnabledFor(logging.DEBUG),
@@ -186,6 +186,7 @@ class SGDProbe(Callback):
         self._restored: dict[str, Any] = {}
         self._last_state: dict[str, Any] = {}
         self._folder: Path | None = None
+        self._folder_sink: FolderSink | None = None
         self._planned = False
         self._without_loss = 0
         self._steps = 0  # done in the fit, as the trainer's loggers count them
@@ -434,13 +435,19 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
-        self._sinks.write(result, named_vectors(self.config, result, vectors))
+        with self._engine.ledger.charge():
+            self._sinks.write(result, named_vectors(self.config, result, vectors))
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
         announce(trainer, "sgd_probe: " + "\n  ".join(plan))
-        space = self._engine.space
         self._sinks = SinkGroup(self._make_sinks(trainer), self._strict)
+        with self._engine.ledger.charge():
+            self._start_sinks(plan)
+
+    def _start_sinks(self, plan: tuple[str, ...]) -> None:
+        assert self._engine is not None
+        space = self._engine.space
         self._sinks.start(
             RunInfo(
                 name=self.name,
@@ -456,6 +463,8 @@ class SGDProbe(Callback):
                 },
             )
         )
+        if self._folder_sink is not None:
+            self._folder = self._folder_sink.path
 
     def _make_sinks(self, trainer: Trainer) -> list[Sink]:
         assert self._metrics is not None
@@ -467,8 +476,12 @@ class SGDProbe(Callback):
             return sinks
         # A resumed run goes on in its folder, if that is still there.
         resumed = self._folder is not None and (self._folder / RUN_FILE).exists()
-        self._folder = self._folder if resumed and self._folder is not None else fresh_folder(base)
-        sinks.append(FolderSink(self._folder, max_vector_bytes=self.config.max_vector_bytes))
+        self._folder_sink = FolderSink(
+            self._folder if resumed and self._folder is not None else base,
+            fresh=not resumed,
+            max_vector_bytes=self.config.max_vector_bytes,
+        )
+        sinks.append(self._folder_sink)
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:

@@ -97,7 +97,7 @@ def _guarded(
                 raise
             log.warning(
                 "sgd_probe: switched off for the rest of this training (%s: %s). Training goes on untouched; "
-                "strict=True raises instead.",
+                "the next one has the probe again, and strict=True raises instead.",
                 type(error).__name__,
                 error,
                 exc_info=log.isEnabledFor(logging.DEBUG),
@@ -259,7 +259,8 @@ class ProbeSession:
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._host.announce(f"sgd_probe: {one_line(result)}")
-        self._sinks.write(result, named_vectors(self._config, result, vectors))
+        with engine.ledger.charge():
+            self._sinks.write(result, named_vectors(self._config, result, vectors))
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))

@@ -133,7 +133,8 @@ class SinkGroup:
                     raise
                 self._sinks.remove(sink)
                 log.warning(
-                    "sgd_probe: %s failed in %s (%s: %s). Training and the other outputs go on without it.",
+                    "sgd_probe: %s failed in %s (%s: %s). Training and the other outputs go on without it, "
+                    "and results stay in memory (`results`); the next fit tries it again.",
                     type(sink).__name__,
                     method,
                     type(error).__name__,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,6 +118,8 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any) -> N
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # numpy's BLAS takes its buffers at the first use, and ends the process where it gets none.
+    np.linalg.eigh(np.ones((300, 300)) @ np.ones((300, 300)))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     loss_fn(network(False), (torch.randn(2, 16), torch.zeros(2, dtype=torch.long))).backward()  # type: ignore[no-untyped-call]
     print(json.dumps(train(**json.loads(sys.argv[1]))))
