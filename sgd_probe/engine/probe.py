@@ -164,6 +164,8 @@ class ProbeEngine:
         self._over_budget_said = False
         self._warm_start: Tensor | None = None
         self._turning_limit = math.inf
+        #: Why the last window that was to open did not.
+        self.failure = ""
         #: Called with the number of Hessian-vector products so far while a window opens.
         self.on_product: Callable[[int], None] | None = None
 
@@ -389,6 +391,7 @@ class ProbeEngine:
             raise  # waiting does not mend it
         except CurvatureError as error:
             self._failures += 1
+            self.failure = str(error)
             self._schedule.postpone(step, RETRY_STEPS)
             if self._failures >= MAX_FAILURES:
                 raise CurvatureError(f"{error} ({self._failures} windows in a row)") from error

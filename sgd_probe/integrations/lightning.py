@@ -114,7 +114,7 @@ class SGDProbe(Callback):
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
         optimizer: under manual optimisation, the one whose loss and weights are probed, counted from 0
             in the order of ``configure_optimizers``; for another, add another probe (0).
-        strict: raise failures instead of switching off.
+        strict: raise failures, a window that cannot open too, instead of going on without the probe.
         config: every other knob; the arguments above win over it.
 
     Attributes:
@@ -348,6 +348,8 @@ class SGDProbe(Callback):
             engine.on_product = None
         else:
             basis = engine.open_window(step)
+        if basis is None and self._strict:
+            raise CurvatureError(engine.failure)
         if basis is not None and self._metrics is not None:
             self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
 

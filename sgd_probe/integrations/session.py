@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sgd_probe.engine import ProbeConfig, ProbeEngine, duration
+from sgd_probe.engine import CurvatureError, ProbeConfig, ProbeEngine, duration
 from sgd_probe.isolation import capture
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors
@@ -244,7 +244,9 @@ class ProbeSession:
                 self._host.announce(f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
                 stack.callback(setattr, engine, "on_product", None)
                 engine.on_product = stack.enter_context(self._host.progress(engine.expected_products))
-            engine.open_window(step)
+            basis = engine.open_window(step)
+            if basis is None and self._strict:
+                raise CurvatureError(engine.failure)
 
     def _close_if_due(self, step: int) -> None:
         if self._engine is not None and self._engine.closing_due:
