@@ -48,9 +48,10 @@ class ProbeConfig:
         sampling: how the loader draws; set it where "auto" cannot know.
         seed: of the probe's own random vectors.
         max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
-            it rebuild them for every product; "auto" takes half of the free memory.
-        max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
-            "auto" takes half of the free memory.
+            it rebuild them for every product; "auto" takes half of the free memory, and where that is too
+            little for one graph, cuts batches into pieces.
+        max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it, or
+            finds fewer directions; "auto" takes half of the free memory for all vectors of a window.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
         verify: compare the user's state (weights, buffers, gradients, the optimizer's state, random numbers,

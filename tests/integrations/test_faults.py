@@ -45,7 +45,8 @@ class BadProduct(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *slopes: Tensor) -> Tensor:
         (inputs,) = context.saved_tensors
-        return slopes[0] + 0.0 * (inputs - inputs.detach()).abs().sqrt()
+        found: Tensor = slopes[0] + 0.0 * (inputs - inputs.detach()).abs().sqrt()
+        return found
 
 
 class Careful(torch.optim.SGD):
@@ -185,7 +186,7 @@ def test_a_window_that_cannot_open_is_tried_again(
 
     def overflowing(self: Any, tensors: Any) -> Tensor:
         flat = flatten(self, tensors)
-        return flat * math.inf if spikes and _within("find_modes") and spikes.pop() else flat
+        return flat * math.inf if spikes and within("find_modes") and spikes.pop() else flat
 
     monkeypatch.setattr(ParameterSpace, "flatten", overflowing)
     without, _ = fit("", tmp_path / "without", None)
@@ -198,7 +199,7 @@ def test_a_window_that_cannot_open_is_tried_again(
     assert probe.results and probe.results[0].opened_at_step >= 14
 
 
-def _within(name: str) -> bool:
+def within(name: str) -> bool:
     return any(frame.name == name for frame in traceback.extract_stack())
 
 
@@ -213,7 +214,7 @@ probed = sys.argv[2] == "with"
 matvec = HessianOperator.matvec
 
 def interrupting(self, vector):
-    if _within("lanczos") and self.products == 5:
+    if within("lanczos") and self.products == 5:
         os.kill(os.getpid(), signal.SIGINT)
     return matvec(self, vector)
 
