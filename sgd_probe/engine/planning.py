@@ -29,9 +29,9 @@ MIN_SAMPLES, MAX_SAMPLES = 128, 2_048
 MAX_BATCHES = 32
 #: Longest window that "auto" chooses, in optimizer steps.
 MAX_WINDOW = 2_000
-#: The pace of the training is measured over so many steps at least, after the slow first ones, and over the
-#: last ones then.
-WARM_UP_STEPS, PACE_STEPS, PACE_STEPS_KEPT = 5, 20, 200
+#: The pace of the training is measured over so many steps at least, after the slow first ones, and over so
+#: many at most.
+WARM_UP_STEPS, PACE_STEPS, PACE_STEPS_KEPT = 5, 20, 100
 #: Shortest window to which "auto" is cut because modes turn: flat directions can still be told.
 SHORTEST_WINDOW = 100
 #: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
@@ -257,6 +257,7 @@ class Schedule:
         self._planned = planned_steps
         self._first = self.next_step = first_step
         self._seen: tuple[int, float] | None = None
+        self._paced = 0
         self._paces: deque[float] = deque(maxlen=PACE_STEPS_KEPT)
         self.opened = 0
         self.unaffordable = False
@@ -294,13 +295,18 @@ class Schedule:
         return not self.unaffordable
 
     def _note_pace(self, step: int, training: float) -> None:
-        """The median step: what only the first steps cost (compiling, workers that start) says nothing."""
+        """At first the median step: what only first steps cost (compiling, workers that start) says nothing.
+
+        Once those are long past it is the mean of the last steps, with the ends of epochs among them.
+        """
         if self._seen is not None and step > self._seen[0] >= self._first + WARM_UP_STEPS:
             self._paces.append((training - self._seen[1]) / (step - self._seen[0]))
+            self._paced += 1
         if self._seen is None or step > self._seen[0]:
             self._seen = step, training
             if len(self._paces) >= PACE_STEPS:
-                self.step_seconds = statistics.median(self._paces)
+                settled = self._paced >= 2 * PACE_STEPS_KEPT
+                self.step_seconds = (statistics.fmean if settled else statistics.median)(self._paces)
 
     def open(self, step: int) -> None:
         """Note that a window opens now."""

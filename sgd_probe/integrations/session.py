@@ -44,11 +44,16 @@ def announce(message: str) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, disable: bool | None = None) -> Iterator[Callable[[int], None]]:
     """A bar for a long pause, on a terminal; it is gone afterwards. Yields what takes the number done."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False, disable=None) as bar:
+    class Bar(tqdm):  # type: ignore[misc]
+        """Of all bars, the first starts a thread that watches them, and stays."""
+
+        monitor_interval = 0
+
+    with Bar(total=total, desc="sgd_probe", unit=" products", leave=False, disable=disable) as bar:
 
         def show(done: int) -> None:
             bar.update(done - bar.n)
