@@ -440,6 +440,11 @@ class _Untouchable:
     __iter__ = __next__ = __getattr__ = __setattr__ = __call__ = __enter__ = _refuse
 
 
+def is_framework(owner: Any) -> bool:
+    """Whether a class or a function belongs to the framework, not to the user."""
+    return str(getattr(owner, "__module__", "")).partition(".")[0] in _FRAMEWORKS
+
+
 def _is_users_class(cls: type) -> bool:
     root = cls.__module__.partition(".")[0]
     return root not in _FRAMEWORKS and root not in sys.stdlib_module_names

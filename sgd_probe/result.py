@@ -275,6 +275,16 @@ class CostResult:
         close_seconds: the pause when it closed.
         total_seconds: the probe's seconds since the fit began, this window included.
         training_seconds: wall seconds of the fit so far without the probe's.
+        longest_pause_seconds: the longest time for which the training has stood still so far, since the fit
+            began.
+        foretold_open_seconds: the pause that was foretold for this opening: by the preflight for the first
+            window, by the one before for the next.
+        foretold_step: the optimizer step at which the preflight said that the first window would open; NaN
+            for later ones.
+        foretold_windows: how many the preflight said that the run would have.
+        foretold_bytes: memory that the preflight said a window takes at its peak.
+        peak_bytes: what this one took above what the process held before; NaN where the process had held more
+            at some time before, or nobody can tell.
     """
 
     open_seconds: float
@@ -282,6 +292,12 @@ class CostResult:
     close_seconds: float
     total_seconds: float
     training_seconds: float
+    longest_pause_seconds: float = math.nan
+    foretold_open_seconds: float = math.nan
+    foretold_step: float = math.nan
+    foretold_windows: float = math.nan
+    foretold_bytes: float = math.nan
+    peak_bytes: float = math.nan
 
     @property
     def fraction(self) -> float:

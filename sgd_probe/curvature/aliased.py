@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from sgd_probe.curvature.batch_norm import QuickBatchNorm
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
+from sgd_probe.curvature.memory import is_out_of_memory
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import rehearsed, seed_all
 
@@ -129,9 +130,9 @@ class AliasedLoss(nn.Module):
         try:
             with self._one_precision():
                 return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise WrongHessianError(
                 "expected a loss that torch.autograd.grad can differentiate twice, found one that it cannot "
                 f"({str(error).strip().splitlines()[0]}). Use what has a second derivative in the training "

@@ -83,6 +83,11 @@ def _clone_object(value: Any, dtype: torch.dtype | None) -> Any:
         ) from error
 
 
+def leaves_of(batch: Any) -> list[Tensor | np.ndarray[Any, Any]]:
+    """Tensors and arrays in a batch."""
+    return _leaves(batch, depth=4)
+
+
 def _leaves(value: Any, depth: int) -> list[Tensor | np.ndarray[Any, Any]]:
     """Tensors and arrays in nested data."""
     if isinstance(value, Tensor | np.ndarray):
@@ -102,7 +107,7 @@ def _leaves(value: Any, depth: int) -> list[Tensor | np.ndarray[Any, Any]]:
 
 def count_samples(batch: Any) -> int:
     """Length of the first tensor or array with a first dimension; 1 where there is none."""
-    leaves = (leaf for leaf in _leaves(batch, depth=4) if leaf.ndim > 0)
+    leaves = (leaf for leaf in leaves_of(batch) if leaf.ndim > 0)
     # Nested tensors have no length, and no shape as a whole.
     sizes = (leaf.size(0) if isinstance(leaf, Tensor) else len(leaf) for leaf in leaves)
     return max(next(sizes, 1), 1)

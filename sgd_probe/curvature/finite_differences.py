@@ -41,6 +41,7 @@ class FiniteDifferenceOperator(HessianOperator):
             are.
         microbatch: most samples of a graph, as for :class:`HessianOperator`.
         ranks: the processes of a distributed training, likewise.
+        home: where vectors are held, likewise.
         relative_step: length of the first step over that of the weights; default: the square root of the
             precision, or in float32 its cube root. Each further step is a quarter of the one before.
         tolerance: largest difference of the two products, over the length of the product (or what rounding
@@ -64,11 +65,20 @@ class FiniteDifferenceOperator(HessianOperator):
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
         ranks: Ranks | None = None,
+        home: torch.device | None = None,
         relative_step: float | None = None,
         tolerance: float | None = None,
     ) -> None:
         super().__init__(
-            module, loss, batches, space, retain_graph=False, dtype=dtype, microbatch=microbatch, ranks=ranks
+            module,
+            loss,
+            batches,
+            space,
+            retain_graph=False,
+            dtype=dtype,
+            microbatch=microbatch,
+            ranks=ranks,
+            home=home,
         )
         precision, double = torch.finfo(self.space.dtype).eps, self.space.dtype is torch.float64
         self.relative_step = relative_step or precision ** (1 / 2 if double else 1 / 3)

@@ -83,6 +83,7 @@ class HessianOperator:
             are.
         microbatch: most samples of a graph; None takes batches whole. It is right where the mean over a
             batch's pieces is its loss: ask :func:`~sgd_probe.curvature.microbatches.check_pieces` first.
+        home: where vectors are held that go in and come out, if not with the weights.
         ranks: the processes of a distributed training, each with as many batches of its own. A batch is then
             what all of them hold at that place, its loss the mean of theirs: what a step of the training is
             made of. Every result is the same on all.
@@ -103,6 +104,7 @@ class HessianOperator:
         dtype: torch.dtype | None = None,
         microbatch: int | None = None,
         ranks: Ranks | None = None,
+        home: torch.device | None = None,
     ) -> None:
         if not batches:
             raise ValueError("expected at least one curvature batch, found none")
@@ -117,6 +119,7 @@ class HessianOperator:
         self._pieces = tuple(cut(batch, microbatch) for batch in self.batches)
         self._graphs: dict[int, _Graph] = {}  # by the id of the piece, which lives as long
         self._ranks = ranks
+        self.home = home or self.space.device
         counts = [float(batch.samples) for batch in self.batches]
         if ranks is not None:
             counts = ranks.total(counts)
@@ -147,7 +150,7 @@ class HessianOperator:
         """Hessian times vector.
 
         Args:
-            vector: shape (size,), of the space's dtype and device.
+            vector: shape (size,), of the space's dtype, at home.
 
         Returns:
             A new tensor of the same shape.
@@ -156,11 +159,12 @@ class HessianOperator:
             CurvatureError: the product is not finite.
         """
         self.products += 1
+        vector = vector.to(self.space.device)
         product = partial(self._product, vector=vector)
         if self._ranks is not None:
-            return self._over_ranks(partial(self._weighted, product))
+            return self._over_ranks(partial(self._weighted, product)).to(self.home)
         # Over the pieces of all batches at once: a mean of means would hold one vector more.
-        return _mean(tuple(chain.from_iterable(self._pieces)), product)
+        return _mean(tuple(chain.from_iterable(self._pieces)), product).to(self.home)
 
     def matvec_per_batch(self, vector: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Weight and product of every batch in turn; the weights add up to one.
@@ -169,7 +173,7 @@ class HessianOperator:
             CurvatureError: a product is not finite.
         """
         self.products += 1
-        return self._per_batch(partial(self._product, vector=vector))
+        return self._per_batch(partial(self._product, vector=vector.to(self.space.device)))
 
     def gradients(self) -> Iterator[tuple[float, Tensor]]:
         """Weight and flat gradient of every batch in turn."""
@@ -190,6 +194,7 @@ class HessianOperator:
         Raises:
             CurvatureError: a loss is not finite.
         """
+        vectors = vectors.to(self.space.device)
         return self._per_batch(partial(self._losses, vectors=vectors, offsets=offsets))
 
     def _losses(self, piece: CurvatureBatch, vectors: Tensor, offsets: Sequence[float]) -> Tensor:
@@ -212,18 +217,19 @@ class HessianOperator:
 
     def own_gradients(self) -> Iterator[Tensor]:
         """Flat gradient of this process's part of every batch in turn; nothing is reduced."""
-        return (_mean(pieces, self._gradient) for pieces in self._pieces)
+        return (_mean(pieces, self._gradient).to(self.home) for pieces in self._pieces)
 
     def _per_batch(self, value: Callable[[CurvatureBatch], Tensor]) -> Iterator[tuple[float, Tensor]]:
         for weight, pieces in zip(self._weights, self._pieces, strict=True):
             work = partial(_mean, pieces, value)
-            yield weight, self._over_ranks(work)
+            yield weight, self._over_ranks(work).to(self.home)
 
     def mean_and_total(self, vector: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each process's vector, and sum of each one's number, over what a batch is made of."""
         if self._ranks is None or self.parts_of_batch == 1:
             return vector, number
-        return self._ranks.mean(lambda: vector), self._ranks.sums(number)
+        mean = self._ranks.mean(lambda: vector.to(self.space.device))
+        return mean.to(self.home), self._ranks.sums(number)
 
     def _over_ranks(self, work: Callable[[], Tensor]) -> Tensor:
         """Mean of what each process computes from its own batches."""
@@ -313,7 +319,7 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
     count = len(operator.batches) * operator.parts_of_batch
     if count < 2:
         return math.nan
-    mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.space.device)
+    mean = torch.zeros(operator.size, dtype=operator.space.dtype, device=operator.home)
     squares = mean.new_zeros((), dtype=torch.float64)
     for gradient in operator.own_gradients():
         squares += gradient.double().square().sum()

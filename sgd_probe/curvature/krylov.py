@@ -7,6 +7,8 @@ has room for what is wanted in the end, as one contiguous matrix.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -159,6 +161,17 @@ class KrylovBasis:
         return [
             rows[: self._count - start] for start, rows in zip(self._starts(), self._blocks, strict=False)
         ]
+
+
+def measure_pass(like: Tensor, size: int) -> float:
+    """Seconds to make one vector orthogonal to another: the fastest of a few."""
+    rows, vector = like.new_zeros((2, size)), like.new_ones(size)
+    fastest = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        _take_out([rows], vector, whole)
+        fastest = min(fastest, time.perf_counter() - started)
+    return fastest / len(rows)
 
 
 def _take_out(parts: list[Tensor], vector: Tensor, reduce: Reduce) -> Tensor:

@@ -127,7 +127,7 @@ def find_modes(
         start: first Lanczos vector.
         on_product: called with the number of products so far.
     """
-    like = torch.empty(0, dtype=finding.space.dtype, device=finding.space.device)
+    like = torch.empty(0, dtype=finding.space.dtype, device=finding.home)
     stiff = lanczos(
         finding,
         top,

@@ -49,13 +49,14 @@ class Projection:
         return bool(np.isfinite(self.gradient).all() and np.isfinite(self.displacement).all())
 
 
-def steps_together(vector_bytes: int) -> int:
-    """Steps that a projector takes before it projects them: two vectors wait for each.
+def steps_together(vector_bytes: int, most: int = MOST_STEPS) -> int:
+    """Steps that a projector may take before it projects them: two vectors wait for each.
 
     Args:
         vector_bytes: of a vector of weights.
+        most: that there is room for, beside the bounds of this module.
     """
-    steps = min(MOST_BYTES // (2 * max(vector_bytes, 1)), MOST_STEPS)
+    steps = min(MOST_BYTES // (2 * max(vector_bytes, 1)), MOST_STEPS, most)
     # Products with a multiple of eight vectors are the fast ones.
     return max(steps - steps % 4 if steps > 4 else steps, 1)
 
@@ -76,9 +77,11 @@ class Projector:
         origin: theta_0, shape (size,); the weights as they are by default.
         part: what this process holds of a parameter, or of its gradient.
         reduce: from float64 sums over this process's parts to sums over all.
+        together: steps that are projected together; as many as pay by default.
 
     Attributes:
         origin: theta_0.
+        together: that number.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Projector:
         origin: Tensor | None = None,
         part: Callable[[Tensor], Tensor] = _itself,
         reduce: Callable[[Tensor], Tensor] = _itself,
+        together: int | None = None,
     ) -> None:
         self._basis = basis
         self._part, self._reduce = part, reduce
@@ -99,8 +103,8 @@ class Projector:
         self._images = None if images is None else images.flatten(0, 1)
         self._parameters = list(parameters)
         self._shapes = [part(parameter).shape for parameter in parameters]
-        self._most = steps_together(basis.shape[1] * basis.element_size())
-        self._rows = basis.new_zeros((2, self._most, basis.shape[1]))
+        self.together = together or steps_together(basis.shape[1] * basis.element_size())
+        self._rows = basis.new_zeros((2, self.together, basis.shape[1]))
         # A step finds cold caches: all that can be had before is.
         self._places = [tuple(map(self._place, pair)) for pair in zip(*self._rows, strict=True)]
         self._squares: list[Tensor] = []
@@ -114,7 +118,7 @@ class Projector:
     @property
     def full(self) -> bool:
         """The steps that wait must be projected before another is taken."""
-        return self.waiting == self._most
+        return self.waiting == self.together
 
     def decay_at_origin(self, decays: Sequence[float]) -> Array:
         """v.W theta_0 with one decay W per parameter, shape (k,)."""
@@ -146,7 +150,7 @@ class Projector:
             RuntimeError: no further step can wait.
         """
         if self.full:
-            raise RuntimeError(f"expected `project` after every {self._most} steps, found one more step")
+            raise RuntimeError(f"expected `project` after every {self.together} steps, found one more step")
         gradients = [parameter.grad for parameter in self._parameters]
         present = [gradient for gradient in gradients if gradient is not None]
         if not present:
@@ -185,8 +189,8 @@ class Projector:
         waiting, images, moved = len(squares), self._images, self._rows[1]
         # Rows that nothing waits in, too: their number must not change how the others are rounded.
         both = _products(self._basis, self._rows.flatten(0, 1))
-        gradient, displacement = both[:, : self._most], both[:, self._most :]
-        force = moved.new_empty((0, self._most)) if images is None else _products(images, moved)
+        gradient, displacement = both[:, : self.together], both[:, self.together :]
+        force = moved.new_empty((0, self.together)) if images is None else _products(images, moved)
         if len(set(decays)) == 1 and not (decays[0] and self._preconditioned_decay):
             decay = displacement * decays[0]
         else:

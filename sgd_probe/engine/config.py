@@ -52,13 +52,18 @@ class ProbeConfig:
         slices: evaluate the loss along one stiff and one near-flat direction when a window opens: 13 forward
             passes of each held-out batch, of eight of them at most.
         max_graph_bytes: keep the graphs of all curvature batches, of both sets, up to this size, beyond
-            it rebuild them for every product; "auto" takes half of the free memory.
-        max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it;
-            "auto" takes half of the free memory.
+            it rebuild them for every product; "auto" takes half of the free memory, and where that is too
+            little for one graph, cuts batches into pieces.
+        max_basis_bytes: memory for the vectors of the eigensolver, which restarts rather than pass it, or
+            finds fewer directions; "auto" takes half of the free memory for all vectors of a window.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
         summary: print the table of a window's modes: of the last one when the training ends ("end"), of every
             one ("windows"), or never ("off").
+        verify: compare the user's state (weights, buffers, gradients, the optimizer's state, random numbers,
+            attributes, metric states, and globals that the module's methods refer to) before and after
+            all that the probe does, at every 64th observed step too; what differs is named, put back, and
+            the probe is switched off. For doubts: it holds a second copy of that state and reads it twice.
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -90,6 +95,7 @@ class ProbeConfig:
     save_vectors: bool = True
     summary: Summary = "end"
     checkpoint_window: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, check, wanted in _RULES:
@@ -152,4 +158,5 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
     ("summary", lambda v: v in ("end", "windows", "off"), '"end", "windows" or "off"'),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
+    ("verify", lambda v: isinstance(v, bool), "True or False"),
 )

@@ -7,7 +7,6 @@ meeting and says so; the others are there, or come, and all raise together.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sgd_probe.curvature.hessian import CurvatureError, WrongHessianError
-
-log = logging.getLogger("sgd_probe")
+from sgd_probe.curvature.memory import is_out_of_memory
 
 _T = TypeVar("_T")
-#: How bad it is: nothing, worth another try later, for good.
-_FINE, _LATER, _FOR_GOOD = 0.0, 1.0, 2.0
+#: How bad it is: nothing, worth another try later, or with less memory, for good.
+_FINE, _LATER, _SHORT, _FOR_GOOD = 0.0, 1.0, 2.0, 3.0
 
 
 class Processes:
@@ -47,6 +45,7 @@ class Processes:
 
         Raises:
             CurvatureError: it has failed on one of them.
+            MemoryError: memory was short on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
         error: Exception | None = None
@@ -63,6 +62,7 @@ class Processes:
 
         Raises:
             CurvatureError: it has failed on one of them.
+            MemoryError: memory was short on one of them.
             WrongHessianError: it has failed in a way that waiting does not mend.
         """
         with self.shared():
@@ -112,6 +112,11 @@ class Processes:
         self._meet()
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
+    def largest(self, numbers: Sequence[float]) -> list[float]:
+        """The largest of every number over the processes."""
+        self._meet()
+        return self._reduced(numbers, dist.ReduceOp.MAX)
+
     def least(self, number: float) -> float:
         """The smallest over the processes."""
         self._meet()
@@ -135,13 +140,15 @@ class Processes:
         told = str(error) if error is not None else "another process of the training failed; see its log"
         if error is not None and not isinstance(error, CurvatureError):
             told = f"{type(error).__name__}: {told}"
-            log.warning("sgd_probe: process %d failed: %s", self.rank, told)
-        self._told = WrongHessianError(told) if worst == _FOR_GOOD else CurvatureError(told)
+        kinds: dict[float, type[Exception]] = {_SHORT: MemoryError, _FOR_GOOD: WrongHessianError}
+        self._told = kinds.get(worst, CurvatureError)(told)
         raise self._told from error
 
 
 def _severity(error: Exception | None) -> float:
     if error is None:
         return _FINE
-    mends = isinstance(error, CurvatureError | torch.OutOfMemoryError)
-    return _LATER if mends and not isinstance(error, WrongHessianError) else _FOR_GOOD
+    if is_out_of_memory(error):
+        return _SHORT
+    mends = isinstance(error, CurvatureError) and not isinstance(error, WrongHessianError)
+    return _LATER if mends else _FOR_GOOD

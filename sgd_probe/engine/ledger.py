@@ -1,11 +1,10 @@
-"""What the probe costs: wall seconds, and the memory that it may take."""
+"""What the probe costs in wall seconds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -17,11 +16,22 @@ class Charge:
 
 
 class Ledger:
-    """Splits wall time since its creation into the probe's and the training's."""
+    """Splits wall time since its creation into the probe's and the training's.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the training computes; what is still under way there when the probe begins is the
+            training's.
+
+    Attributes:
+        spent: seconds of the probe.
+        longest: of one piece of its work: the longest time for which the training has stood still.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
         self._started = time.perf_counter()
-        self.spent = 0.0
+        self._charging = False
+        self.spent = self.longest = 0.0
 
     @property
     def training(self) -> float:
@@ -30,28 +40,22 @@ class Ledger:
 
     @contextmanager
     def charge(self) -> Iterator[Charge]:
-        """Charge the body to the probe."""
-        charge = Charge()
+        """Charge the body to the probe; a part of what is charged already costs nothing more."""
+        charge, outermost = Charge(), not self._charging
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
         started = time.perf_counter()
+        self._charging = True
         try:
             yield charge
         finally:
+            if self._device is not None:
+                torch.cuda.synchronize(self._device)
             charge.seconds = time.perf_counter() - started
-            self.spent += charge.seconds
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a device; None where nobody can tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu":
-        try:
-            lines = Path("/proc/meminfo").read_text().splitlines()
-        except OSError:
-            return None
-        found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-        return int(found[0]) * 1024 if found else None
-    return None
+            if outermost:
+                self._charging = False
+                self.spent += charge.seconds
+                self.longest = max(self.longest, charge.seconds)
 
 
 def duration(seconds: float) -> str:

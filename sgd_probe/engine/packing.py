@@ -18,7 +18,7 @@ from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled
 from sgd_probe.dynamics.statistics import Draw, Epoch, Part, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerState
-from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.planning import Foretold, WindowPlan
 from sgd_probe.engine.step import Step
 from sgd_probe.result import Interval, LossSlice
 
@@ -29,6 +29,7 @@ _CLASSES: dict[str, type] = {
         CurvatureBatch,
         Draw,
         Epoch,
+        Foretold,
         Interval,
         JointStatistics,
         LossSlice,

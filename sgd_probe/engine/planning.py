@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sgd_probe.curvature.interior import INTERIOR_PRODUCTS
 from sgd_probe.curvature.krylov import BLOCK_ROWS
 from sgd_probe.dynamics.evidence import MIN_MEMORIES
+from sgd_probe.dynamics.projection import steps_together
 from sgd_probe.dynamics.verdict import CONFINED_RELAXATION_TIMES
 from sgd_probe.engine.config import MIN_WINDOW, ProbeConfig
 
@@ -32,8 +35,9 @@ MIN_SAMPLES, MAX_SAMPLES = 128, 2_048
 MAX_BATCHES = 32
 #: Longest window that "auto" chooses, in optimizer steps.
 MAX_WINDOW = 2_000
-#: The pace of the training is measured over so many steps, after the slow first ones.
-WARM_UP_STEPS, PACE_STEPS = 5, 20
+#: The pace of the training is measured over so many steps at least, after the slow first ones, and over so
+#: many at most.
+WARM_UP_STEPS, PACE_STEPS, PACE_STEPS_KEPT = 5, 20, 100
 #: Shortest window to which "auto" is cut because modes turn: flat directions can still be told.
 SHORTEST_WINDOW = 100
 #: Margin over the relaxation times that the rule needs: the curvature is itself an estimate.
@@ -46,6 +50,23 @@ class WindowPlan:
 
     steps: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What the preflight says of a run; the pause is that of the next opening.
+
+    Attributes:
+        step: optimizer steps done when the first window opens; NaN for later ones.
+        pause: seconds for which an opening holds the training up.
+        bytes: memory that a window takes at its peak.
+        windows: in the whole run.
+    """
+
+    step: float = math.nan
+    pause: float = math.nan
+    bytes: float = math.nan
+    windows: float = math.nan
 
 
 def finding_products(config: ProbeConfig) -> int:
@@ -77,27 +98,53 @@ def gradients_per_batch(config: ProbeConfig, kept: bool = True) -> float:
     return products + (SLICE_GRADIENTS if config.slices else 0.0)
 
 
-def most_vectors(config: ProbeConfig, basis_vectors: int, waiting_steps: int = 0) -> int:
-    """Vectors of weights that are held at once while a window opens or watches, at most.
+def closing_gradients(config: ProbeConfig, kept: bool = True) -> float:
+    """The part of :func:`gradients_per_batch` that a window costs when it closes: a product a direction."""
+    return product_gradients(config, kept) * (config.top + config.interior + config.flat)
+
+
+def basis_passes(config: ProbeConfig) -> float:
+    """Vectors that are read while directions are found: each product is made orthogonal to the basis.
+
+    The search goes over its own basis once a product, the near-flat directions twice over all that it has
+    left behind and over what they have of their own.
+    """
+    flat_products = config.flat * config.flat_dimension
+    return LANCZOS_PRODUCTS**2 / 2 + 2 * flat_products * (LANCZOS_PRODUCTS + config.flat_dimension / 2)
+
+
+def most_vectors(config: ProbeConfig, basis_vectors: int) -> int:
+    """Vectors of weights that are held at once while a window opens, at most.
 
     Either the search holds most, with its basis and room for what is found after it, or the certification:
     the directions, the images of the top ones under two halves of the batches where the basis had room for
     them, and those of the others under both halves; the flat ones twice, and what two graphs at a time hold.
-    Or the open window does: with directions, images, the weights at its start, their scaling, and two vectors
-    of every step that waits to be projected.
 
     Args:
         config: how many directions.
         basis_vectors: that the eigensolver may hold.
-        waiting_steps: that are projected together.
     """
     rows = config.top + config.interior + config.flat
     overlap = 2 * config.top if 2 * config.top + rows <= basis_vectors else 0
     mixed = 2 * (rows - config.top)
     searching = basis_vectors + config.interior + config.flat + BLOCK_ROWS - 1 + 3
     certifying = rows + overlap + mixed + config.flat + 8
-    watching = rows + mixed + 2 + 2 * waiting_steps
-    return max(searching, certifying, watching)
+    return max(searching, certifying)
+
+
+def steps_in_waiting(config: ProbeConfig, basis_vectors: int, vector_bytes: int) -> int:
+    """Steps that an open window projects together: it takes no more memory than its opening has.
+
+    It holds directions, images, the weights at its start and their scaling, and two vectors for every step.
+
+    Args:
+        config: how many directions.
+        basis_vectors: that the eigensolver may hold.
+        vector_bytes: of a vector of weights.
+    """
+    rows = config.top + config.interior + config.flat
+    room = most_vectors(config, basis_vectors) - rows - 2 * (rows - config.top) - 2
+    return steps_together(vector_bytes, max(room // 2, 1))
 
 
 def choose_curvature_batches(
@@ -189,6 +236,26 @@ def turning_limit(overlap_at_start: float, overlap_at_end: float, steps: int) ->
     return steps * math.log(2) / math.log(overlap_at_start / overlap_at_end)
 
 
+def windows_ahead(config: ProbeConfig, steps: float, seconds: float, window_seconds: float) -> float:
+    """About how many windows a run will have; infinity where it has no end.
+
+    Args:
+        config: the knobs.
+        steps: optimizer steps from the first opening to the end of the run.
+        seconds: that the training takes for them, about.
+        window_seconds: what a window takes, about.
+    """
+    if math.isinf(steps):
+        return math.inf
+    length = SHORTEST_WINDOW if config.window == "auto" else config.window
+    period = config.every_n_steps or length
+    most = max(math.floor((steps - MIN_WINDOW) / period) + 1, 0)
+    if config.every_n_steps is not None:
+        return most
+    affordable = math.floor(config.max_overhead * seconds / window_seconds) if window_seconds > 0 else most
+    return min(max(affordable, int(window_seconds <= config.grace_seconds)), most)
+
+
 class Schedule:
     """Decides at which optimizer step the next window may open.
 
@@ -212,7 +279,9 @@ class Schedule:
         self._config = config
         self._planned = planned_steps
         self._first = self.next_step = first_step
-        self._pace_from: tuple[int, float] | None = None
+        self._seen: tuple[int, float] | None = None
+        self._paced = 0
+        self._paces: deque[float] = deque(maxlen=PACE_STEPS_KEPT)
         self.opened = 0
         self.unaffordable = False
         self.step_seconds: float | None = None
@@ -231,11 +300,7 @@ class Schedule:
             window_cost: estimated seconds of one more window.
             training: training seconds so far, without the probe's.
         """
-        if self._pace_from is None and step >= self._first + WARM_UP_STEPS:
-            self._pace_from = step, training
-        elif self._pace_from is not None and step >= self._pace_from[0] + PACE_STEPS:
-            from_step, from_seconds = self._pace_from
-            self.step_seconds = (training - from_seconds) / (step - from_step)
+        self._note_pace(step, training)
         opening = step + lead
         if opening < self.next_step or self.steps_left(opening) < MIN_WINDOW:
             return False
@@ -248,9 +313,23 @@ class Schedule:
             return True
         if self.step_seconds is None:
             return False
-        whole = (self._planned - self._first) * self.step_seconds
+        whole = training + self.steps_left(step) * self.step_seconds
         self.unaffordable = spent + window_cost > budget * whole
         return not self.unaffordable
+
+    def _note_pace(self, step: int, training: float) -> None:
+        """At first the median step: what only first steps cost (compiling, workers that start) says nothing.
+
+        Once those are long past it is the mean of the last steps, with the ends of epochs among them.
+        """
+        if self._seen is not None and step > self._seen[0] >= self._first + WARM_UP_STEPS:
+            self._paces.append((training - self._seen[1]) / (step - self._seen[0]))
+            self._paced += 1
+        if self._seen is None or step > self._seen[0]:
+            self._seen = step, training
+            if len(self._paces) >= PACE_STEPS:
+                settled = self._paced >= 2 * PACE_STEPS_KEPT
+                self.step_seconds = (statistics.fmean if settled else statistics.median)(self._paces)
 
     def open(self, step: int) -> None:
         """Note that a window opens now."""

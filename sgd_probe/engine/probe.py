@@ -7,6 +7,7 @@ A loop hands over batches (:meth:`ProbeEngine.offer`), tells of every optimizer 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ from sgd_probe.curvature.hessian import (
     gradient_noise_trace,
     measure_gradient,
 )
-from sgd_probe.curvature.lanczos import most_products, smallest_basis
+from sgd_probe.curvature.krylov import measure_pass
+from sgd_probe.curvature.memory import is_out_of_memory
 from sgd_probe.curvature.microbatches import check_pieces, cut
 from sgd_probe.curvature.modes import ModeBasis, find_modes
 from sgd_probe.curvature.selftest import self_test
@@ -39,27 +41,32 @@ from sgd_probe.curvature.slices import MOST_BATCHES, loss_slices
 from sgd_probe.curvature.space import ParameterFilter, ParameterSpace, part
 from sgd_probe.dynamics.force import JointStatistics
 from sgd_probe.dynamics.noise import Resampled, resample
-from sgd_probe.dynamics.projection import Projector, steps_together
+from sgd_probe.dynamics.projection import Projector
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine.config import ProbeConfig
 from sgd_probe.engine.distributed import Processes
-from sgd_probe.engine.ledger import Ledger, duration, free_memory
+from sgd_probe.engine.frugality import Frugality
+from sgd_probe.engine.ledger import Ledger, duration
 from sgd_probe.engine.measured import Measured, decisive_curvature
+from sgd_probe.engine.memory import Means, resident_bytes
 from sgd_probe.engine.optimizers import OptimizerState, read_optimizer, read_scales
 from sgd_probe.engine.packing import pack, unpack
 from sgd_probe.engine.planning import (
-    DIFFERENCE_VECTORS,
     SELF_TEST_GRADIENTS,
+    Foretold,
     Schedule,
-    choose_curvature_batches,
+    basis_passes,
     choose_window,
+    closing_gradients,
     finding_products,
     gradients_per_batch,
-    most_vectors,
+    steps_in_waiting,
     turning_limit,
+    windows_ahead,
 )
 from sgd_probe.engine.sampling import Sampling
 from sgd_probe.engine.summary import summarise
+from sgd_probe.engine.verification import Verification
 from sgd_probe.engine.window import Window, radial_shares
 from sgd_probe.isolation import isolated
 from sgd_probe.result import CostResult, LossSlice, WindowResult
@@ -70,6 +77,8 @@ log = logging.getLogger("sgd_probe")
 MAX_FAILURES = 3
 #: Steps to wait after a window that failed to open.
 RETRY_STEPS = 200
+#: Under ``verify`` the user's state is compared at every so many observed steps, once.
+VERIFIED_STEPS = 64
 #: Of what checkpoints hold of a probe.
 STATE_FORMAT = 1
 #: Processes of a distributed training settle what is to happen every so many optimizer steps.
@@ -84,6 +93,10 @@ class _Agreed(NamedTuple):
     collect: bool = False
     open: bool = False
     close: bool = False
+
+
+class OutOfMeansError(CurvatureError):
+    """Memory is too short for a window, whatever is given up."""
 
 
 class ProbeEngine:
@@ -126,7 +139,7 @@ class ProbeEngine:
         self.config = config
         self.space = self._trained()
         self.sampling = sampling
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.space.device)
         self._loss = loss
         self._schedule = Schedule(config, first_step, planned_steps)
         self._planned_steps = planned_steps
@@ -141,9 +154,12 @@ class ProbeEngine:
         self._differences = self.space.divided or config.second_derivatives == "finite_differences"
         self._pieces_gap: float | None = None
         self._cost: GradientCost | None = None
+        self._pass_seconds = 0.0
+        self._verification = Verification(module, optimizer) if config.verify else None
+        self._frugality = self._frugal()
         self._batches_per_set = 0
-        self._window_gradients = 0.0
         self._window_seconds = 0.0
+        self._foretold = Foretold()
         self._pool: list[CurvatureBatch] = []
         self._collecting = False
         self._batch_index = 0
@@ -154,6 +170,8 @@ class ProbeEngine:
         self._changed = ""
         self._warm_start: Tensor | None = None
         self._turning_limit = math.inf
+        #: Why the last window that was to open did not.
+        self.failure = ""
         #: Called with the number of Hessian-vector products so far while a window opens.
         self.on_product: Callable[[int], None] | None = None
 
@@ -267,34 +285,24 @@ class ProbeEngine:
         Raises:
             CurvatureError: the loss cannot be probed.
         """
-        config = self.config
-        frozen = self._measure_gradient(lambda: self._freeze(batch, index))
-        assert self._cost is not None
-        for kept in (True, False):
-            self._batches_per_set = choose_curvature_batches(
-                config, frozen.samples, self._planned_steps, kept
-            )
-            if self._retain_graphs():
-                break
-        if self._processes is not None:
-            self._batches_per_set = round(self._processes.least(self._batches_per_set))
-        retained = self._retain_graphs()
-        per_batch = gradients_per_batch(config, retained)
-        self._window_gradients = SELF_TEST_GRADIENTS + per_batch * self._batches_per_set
-        self._window_seconds = self._cost.seconds * self._window_gradients
-        graphs = self._all_graph_bytes if retained else self._cost.graph_bytes
-        most = most_vectors(config, self._max_vectors(), steps_together(self._vector_bytes))
-        most += DIFFERENCE_VECTORS if self.space.divided else 0
-        vectors = most * self._vector_bytes
-        count = self._batches_per_set
+        with self.ledger.charge(), self._verified("the preflight"):
+            with self.shared():
+                frozen = self._freeze(batch, index)
+            self._size_up(frozen)
+        self._batches_per_set = self._frugality.used.batches
+        self._foresee(step)
+        means, sizes = self._frugality.used, self._frugality.sizes
+        config, count, graphs = means.config, means.batches, means.graph_bytes(sizes)
+        rebuilt = "" if means.keep_graphs else ", rebuilt for every product"
         stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
         lines = [
             f"{self.space.dimension:,} weights; {stiff} and {config.flat} near-flat directions from "
             f"2 x {count} training batches ({count * frozen.samples} samples find them, as many certify).",
-            f"The first window opens at about optimizer step {step + 2 * count // self._accumulation} and "
-            f"pauses the training for about {duration(self._window_seconds)}; it needs at most "
-            f"{(graphs + vectors) / 2**20:,.0f} MB "
-            f"({graphs / 2**20:,.0f} MB of graphs{'' if retained else ', rebuilt for every product'}).",
+            f"The first window opens at about optimizer step {self._foretold.step:.0f} and "
+            f"pauses the training for about {duration(self._foretold.pause)}; it needs at most "
+            f"{self._foretold.bytes / 2**20:,.0f} MB "
+            f"({graphs / 2**20:,.0f} MB of graphs{rebuilt}).",
+            *(f"Memory is short: {note}." for note in self._frugality.notes),
             *self._ways(),
             self._pace(),
             f"Optimizer: {self._read_optimizer().describe()}.",
@@ -401,16 +409,19 @@ class ProbeEngine:
             The basis, or None where the curvature could not be had this time (a warning says why).
 
         Raises:
-            CurvatureError: it failed several times in a row.
+            CurvatureError: it failed several times in a row, or nothing is left that takes less memory.
         """
+        device = torch.device("cpu") if self._frugality.used.on_cpu else self.space.device
         try:
-            self._follow(step)
-            with self.ledger.charge() as charge, self.shared(), self._isolated():
-                window = self._open(step)
-        except WrongHessianError:
+            before = resident_bytes(device)
+            with self.ledger.charge() as charge, self._verified(f"opening a window at step {step}"):
+                self._follow(step)
+                window = self._open_frugally(step)
+        except (WrongHessianError, OutOfMeansError):
             raise  # waiting does not mend it
-        except (CurvatureError, torch.OutOfMemoryError) as error:
+        except CurvatureError as error:
             self._failures += 1
+            self.failure = str(error)
             self._schedule.postpone(step, RETRY_STEPS)
             if self._failures >= MAX_FAILURES:
                 raise CurvatureError(f"{error} ({self._failures} windows in a row)") from error
@@ -425,8 +436,20 @@ class ProbeEngine:
             self._pool, self._offered = [], False
             self._collecting = False
         self._failures = 0
+        self._schedule.open(step)
         self._window = window
         window.open_seconds = charge.seconds
+        window.foretold = self._foretold
+        now = resident_bytes(device)
+        if before is not None and now is not None and now[1] > before[1]:
+            window.peak_bytes = now[1] - before[0]
+        log.info(
+            "sgd_probe: window %d opens at step %d for %d steps: %s",
+            window.index,
+            step,
+            window.plan.steps,
+            window.plan.reason,
+        )
         return window.basis
 
     def observe(self) -> None:
@@ -437,7 +460,8 @@ class ProbeEngine:
         if window.due:  # it waits for the next meeting of the processes
             window.late += 1
             return
-        with self.ledger.charge() as charge:
+        seen = window.steps + window.statistics.skipped
+        with self.ledger.charge() as charge, self._verified("reading a step", seen % VERIFIED_STEPS == 0):
             window.observe(self.sampling.draw(self._batch_index))
         window.observe_seconds += charge.seconds
 
@@ -457,14 +481,22 @@ class ProbeEngine:
         changed = not _same(self._trained(), window.space)
         if changed:
             window.withhold("which weights are trained changed during the window (frozen, thawed or added)")
-        with self.ledger.charge() as charge:
+        with self.ledger.charge() as charge, self._verified(f"closing a window at step {step}"):
             with self.shared():
                 window.settle()
             later = self._revisit(window, changed)
             with self.shared():
                 changes, norms = window.preconditioner_changes(), window.norms()
         self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
+        # The next one has no self-test, which took its share of the first.
+        self._foretold = dataclasses.replace(self._foretold, pause=window.open_seconds, step=math.nan)
         cost = CostResult(
+            longest_pause_seconds=self.ledger.longest,
+            foretold_open_seconds=window.foretold.pause,
+            foretold_step=window.foretold.step,
+            foretold_bytes=window.foretold.bytes,
+            foretold_windows=window.foretold.windows,
+            peak_bytes=window.peak_bytes,
             open_seconds=window.open_seconds,
             observe_seconds=window.observe_seconds,
             close_seconds=charge.seconds,
@@ -533,17 +565,62 @@ class ProbeEngine:
         self.space, self._dtype = found, _at_least_float32(found)
         self._self_test, self._pieces_gap = "", None
         self._warm_start, self._turning_limit = None, math.inf
-        self._measure_gradient(lambda: self._pool[0])
+        self._frugality = self._frugal()
+        self._size_up(self._pool[0])
 
-    def _measure_gradient(self, batch: Callable[[], CurvatureBatch]) -> CurvatureBatch:
-        """Find out what the gradient of a batch costs, in seconds and bytes; returns the batch."""
-        with self.ledger.charge(), self.shared(), self._isolated():
-            frozen = batch()
-            self._check_pieces([frozen])
-            self._cost = measure_gradient(
-                self._module, self._loss, frozen, self.space, self.config.microbatch, self._kind, self._dtype
-            )
-        return frozen
+    def _frugal(self) -> Frugality:
+        size = self._vector_bytes
+        return Frugality(self.config, self.space.device, size, self._processes, in_place=self.space.divided)
+
+    def _size_up(self, batch: CurvatureBatch) -> None:
+        """From what a gradient takes, how windows are taken."""
+        self._try(batch)
+        assert self._cost is not None
+        self._frugality.plan(
+            self._cost,
+            batch.content,
+            batch.samples,
+            self._planned_steps,
+            lambda size: self._pieces_hold([batch], size),
+        )
+
+    def _try(self, batch: CurvatureBatch) -> None:
+        """Take a gradient and its graph, of a part of the batch where memory is too short for the whole."""
+        size, told = self.config.microbatch, ""
+        while True:
+            try:
+                with self.shared(), self._isolated():
+                    if size is not None:
+                        self._check_pieces([batch], size)
+                    self._cost = measure_gradient(
+                        self._module, self._loss, batch, self.space, size, self._kind, self._dtype
+                    )
+                    like = torch.empty(0, dtype=self._dtype or self.space.dtype, device=self.space.device)
+                    self._pass_seconds = measure_pass(like, self.space.size)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = _first_line(error)
+            samples = batch.samples if self._processes is None else self._processes.least(batch.samples)
+            size = 0 if self._differences else min(size or round(samples), round(samples)) // 4
+            if not size:
+                raise OutOfMeansError(f"memory is too short for a gradient ({told})")
+            self._forget_failure()
+
+    def _pieces_hold(self, batches: Sequence[CurvatureBatch], size: int) -> bool:
+        """Whether batches may be cut to save memory."""
+        try:
+            with self.shared(), self._isolated():
+                self._check_pieces(batches, size)
+        except Exception as error:
+            if not (isinstance(error, CurvatureError) or is_out_of_memory(error)):
+                raise
+            return False
+        return True
+
+    def _verified(self, what: str, now: bool = True) -> AbstractContextManager[None]:
+        return nullcontext() if self._verification is None or not now else self._verification.around(what)
 
     def _window_due(self, step: int) -> bool:
         # Under a budget an open window has its own cost to show before the next is thought of.
@@ -554,14 +631,15 @@ class ProbeEngine:
         if whole and self._schedule.opened == 0 and self._schedule.step_seconds is not None:
             # A gradient was timed once, perhaps at a bad moment: it takes no longer than a whole step.
             gradient = self._schedule.step_seconds / self._accumulation
-            self._window_seconds = min(self._window_seconds, gradient * self._window_gradients)
+            self._window_seconds = min(self._window_seconds, sum(self._expected_seconds(gradient)))
         spent, training = self.ledger.spent, self.ledger.training
         due = self._schedule.due(step, lead, spent, self._window_seconds, training)
         if self._schedule.unaffordable and not self._over_budget_said:
             self._over_budget_said = True
             log.warning(
-                "sgd_probe: no window opens: one takes about %s, more than max_overhead=%g allows for this "
-                "run. Raise max_overhead, lower curvature_batches, top or flat, or set every_n_steps.",
+                "sgd_probe: no window opens at the present pace: one takes about %s, more than "
+                "max_overhead=%g allows for this run. Raise max_overhead, lower curvature_batches, top or "
+                "flat, or set every_n_steps.",
                 duration(self._window_seconds),
                 self.config.max_overhead,
             )
@@ -588,19 +666,19 @@ class ProbeEngine:
                 "they are unreliable, as on ReLU networks in float32, no window opens."
             )
         if self._pieces_gap is not None:
+            piece = self._frugality.used.config.microbatch
             found.append(
-                f"Curvature batches are taken in pieces of at most {self.config.microbatch} samples; on one "
-                f"batch, loss and gradient agree with those of the whole to {self._pieces_gap:.0e}."
+                f"Curvature batches are taken in pieces of at most {piece} samples; on one batch, loss and "
+                f"gradient agree with those of the whole to {self._pieces_gap:.0e}."
             )
         return found
 
     def _pace(self) -> str:
-        config = self.config
+        config, windows = self.config, self._foretold.windows
+        count = "" if math.isinf(windows) else f"; {windows:.0f} over the run"
         if config.every_n_steps is not None:
-            return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs."
-        # A training step takes about a gradient for each microbatch.
-        assert self._cost is not None
-        seconds = self._cost.seconds * self._accumulation * (self._planned_steps - self._schedule.next_step)
+            return f"A window opens every {config.every_n_steps} optimizer steps, whatever it costs{count}."
+        seconds = self._training_seconds()
         if self._window_seconds > max(config.grace_seconds, config.max_overhead * seconds):
             enough = min(1.2 * self._window_seconds / seconds, 0.99)
             return (
@@ -608,7 +686,35 @@ class ProbeEngine:
                 f"then no window opens. max_overhead={enough:.2g} would allow one; every_n_steps opens them "
                 "whatever they cost."
             )
-        return f"Further windows open as {config.max_overhead:.0%} of the training's time allows."
+        count = "" if math.isinf(windows) else f": about {windows:.0f} over the run"
+        return f"Windows open as {config.max_overhead:.0%} of the training's time allows{count}."
+
+    def _training_seconds(self) -> float:
+        """About what is left of it: a training step takes about a gradient for each microbatch."""
+        assert self._cost is not None
+        return self._cost.seconds * self._accumulation * (self._planned_steps - self._schedule.next_step)
+
+    def _expected_seconds(self, gradient: float) -> tuple[float, float]:
+        """Pauses of the first window, opening and closing, if a gradient takes so many seconds."""
+        means = self._frugality.used
+        each, closing = (
+            count(means.config, means.keep_graphs) for count in (gradients_per_batch, closing_gradients)
+        )
+        opening = SELF_TEST_GRADIENTS + (each - closing) * means.batches
+        passes = basis_passes(means.config) * self._pass_seconds
+        return gradient * opening + passes, gradient * closing * means.batches
+
+    def _foresee(self, step: int) -> None:
+        """From what the preflight has measured."""
+        assert self._cost is not None
+        means, sizes = self._frugality.used, self._frugality.sizes
+        pauses = self._expected_seconds(self._cost.seconds)
+        self._window_seconds = sum(pauses)
+        opening = step + math.ceil(2 * means.batches / self._accumulation)
+        windows = windows_ahead(
+            self.config, self._planned_steps - opening, self._training_seconds(), self._window_seconds
+        )
+        self._foretold = Foretold(opening, pauses[0], means.bytes(sizes), windows)
 
     def _freeze(self, batch: Any, index: int) -> CurvatureBatch:
         rank = 0 if self._processes is None else self._processes.rank  # whose dropout is their own
@@ -635,60 +741,26 @@ class ProbeEngine:
             "share samples, and held-out values are then not independent of those on the finding batches."
         )
 
-    def _retain_graphs(self) -> bool:
-        if self._differences:
-            return False
-        limit = self.config.max_graph_bytes
-        if limit == "auto":
-            free = free_memory(self.space.device)
-            limit = free // 2 if free is not None else 2**30
-        return self._all_graph_bytes <= limit
-
-    @property
-    def _all_graph_bytes(self) -> int:
-        """Of both sets: the finding one's graphs are still there while the other certifies."""
-        assert self._cost is not None
-        return 2 * self._batches_per_set * self._cost.graphs * self._cost.graph_bytes
-
     @property
     def _vector_bytes(self) -> int:
         return self.space.size * (self._dtype or self.space.dtype).itemsize
 
-    def _max_vectors(self) -> int:
-        """Vectors that the eigensolver may hold: what memory has room for, or it needs at the least.
-
-        Raises:
-            CurvatureError: not even those fit.
-        """
-        config = self.config
-        needed = smallest_basis(config.top) + config.interior
-        limit = config.max_basis_bytes
-        if limit == "auto":
-            free = free_memory(self.space.device)
-            limit = free // 2 if free is not None else 2**32
-        room = limit // self._vector_bytes
-        if self._processes is not None:
-            room = int(self._processes.least(room))
-        if room < needed:
-            fewer = "`top` or `interior`" if config.interior else "`top`"
-            raise CurvatureError(
-                f"expected memory for {needed} vectors of {self._vector_bytes / 2**20:,.0f} MB, found room "
-                f"for {room}: lower {fewer}, raise `max_basis_bytes` or choose layers with `params`"
-            )
-        return min(room, most_products(config.top))
-
     def _operator(
-        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, retain: bool, alone: bool = False
+        self, batches: Sequence[CurvatureBatch], space: ParameterSpace, means: Means, alone: bool = False
     ) -> HessianOperator:
-        size, ranks = self.config.microbatch, None if alone else self._processes
         if self.space.divided:
             return self._kind(self._module, self._loss, batches, space)
-        if self._differences:
-            return FiniteDifferenceOperator(
-                self._module, self._loss, batches, space, dtype=self._dtype, microbatch=size, ranks=ranks
-            )
-        return HessianOperator(
-            self._module, self._loss, batches, space, retain, self._dtype, microbatch=size, ranks=ranks
+        options: dict[str, Any] = {} if self._differences else {"retain_graph": means.keep_graphs}
+        return self._kind(
+            self._module,
+            self._loss,
+            batches,
+            space,
+            dtype=self._dtype,
+            microbatch=means.config.microbatch,
+            ranks=None if alone else self._processes,
+            home=torch.device("cpu") if means.on_cpu else None,
+            **options,
         )
 
     @property
@@ -713,57 +785,102 @@ class ProbeEngine:
         except ValueError as error:
             raise CurvatureError(str(error)) from error
 
-    def _check_pieces(self, batches: Sequence[CurvatureBatch]) -> None:
-        """Once in a run, on the first batch that is large enough to be cut."""
-        if self.config.microbatch is not None and self._pieces_gap is None:
-            largest = max(batches, key=lambda batch: batch.samples)
-            self._pieces_gap = check_pieces(
-                self._module, self._loss, largest, self.space, self.config.microbatch, self._dtype
-            )
+    def _check_pieces(self, batches: Sequence[CurvatureBatch], size: int) -> None:
+        """On the first batch that is large enough to be cut.
 
-    def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator) -> None:
+        Raises:
+            CurvatureError: the mean over its pieces is another loss.
+        """
+        largest = max(batches, key=lambda batch: batch.samples)
+        self._pieces_gap = check_pieces(self._module, self._loss, largest, self.space, size, self._dtype)
+
+    def _test_once(self, batches: Sequence[CurvatureBatch], operator: HessianOperator, means: Means) -> None:
         """Ask before the run's first search whether the operator is a Hessian (on one piece, if it cuts)."""
         if self._self_test:
             return
-        pieces = cut(batches[0], self.config.microbatch)
+        pieces = cut(batches[0], means.config.microbatch)
         # Whether derivatives are right has nothing to do with how an optimizer scales the weights.
-        if self.space.divided:
-            with self._operator(pieces, self.space, retain=False) as small:
-                self._self_test = self_test(small, self._generator)
-        elif len(pieces) > 1 or self._processes is not None or operator.space is not self.space:
-            with self._operator(pieces[:1], self.space, retain=True, alone=True) as small:
-                self._self_test = self_test(small, self._generator)
-        else:
+        whole = len(pieces) == 1 and self._processes is None and not means.on_cpu
+        if whole and operator.space is self.space:
             self._self_test = self_test(operator, self._generator)
+        else:
+            kept = dataclasses.replace(means, keep_graphs=not self._differences, on_cpu=False)
+            alone = not self.space.divided
+            with self._operator(pieces[:1], self.space, kept, alone) as small:
+                self._self_test = self_test(small, self._generator)
         level = logging.WARNING if self._self_test.startswith("unverified") else logging.INFO
         log.log(level, "sgd_probe: self-test of the Hessian %s", self._self_test)
 
-    def _open(self, step: int) -> Window:
+    def _open_frugally(self, step: int) -> Window:
+        """Open a window; where an allocation fails, try again with less."""
+        pool = self._pool
+
+        def pieces_hold(size: int) -> bool:
+            return self._pieces_hold(pool, size)
+
+        if self._frugality.refit(pieces_hold):
+            self._say(f"memory is short at step {step}: {'; '.join(self._frugality.notes) or 'no longer'}")
+        while True:
+            try:
+                with self.shared(), self._isolated():
+                    return self._open(step, self._frugality.used)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                told = _first_line(error)
+            # Only here, where the exception has let go of what it held.
+            self._forget_failure()
+            given_up = self._frugality.shrink(pieces_hold)
+            if not given_up:
+                raise OutOfMeansError(
+                    "memory is too short for a window, whatever is given up "
+                    f"({told}): free some, or choose layers with `params`"
+                )
+            self._say(
+                f"memory was short while a window opened at step {step} ({told}); it is tried again, and "
+                f"from now on {'; '.join(given_up)}"
+            )
+
+    def _say(self, message: str) -> None:
+        if self._processes is None or self._processes.rank == 0:
+            log.warning("sgd_probe: %s.", message)
+
+    def _forget_failure(self) -> None:
+        """Hand back what a failed attempt has left to the collector and to torch's allocator."""
+        gc.collect()
+        if self.space.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _open(self, step: int, means: Means) -> Window:
         # Alternating, so that both sets see the same stretch of the training data.
-        finding, certifying = self._pool[0::2], self._pool[1::2]
-        config, retain = self.config, self._retain_graphs()
+        sets = (self._pool[0::2], self._pool[1::2])
+        finding, certifying = (batches[: means.batches] for batches in sets)
+        config = means.config
         optimizer = self._read_optimizer()
         space = self._scaled_space(optimizer)
-        self._check_pieces(self._pool)
-        with self._operator(finding, space, retain) as operator:
-            self._test_once(finding, operator)
+        if config.microbatch is not None and self._pieces_gap is None:
+            self._check_pieces(self._pool, config.microbatch)
+        with (
+            self._operator(finding, space, means) as operator,
+            self._operator(certifying, space, means) as held_out,
+        ):
+            self._test_once(finding, operator, means)
             trace = gradient_noise_trace(operator)
-            with self._operator(certifying, space, retain) as held_out:
-                basis = find_modes(
-                    operator,
-                    held_out,
-                    top=config.top,
-                    flat=config.flat,
-                    interior=config.interior,
-                    tolerance=config.tolerance,
-                    flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
-                    flat_dimension=config.flat_dimension,
-                    generator=self._generator,
-                    max_vectors=self._max_vectors(),
-                    start=self._warm_start,
-                    on_product=self.on_product,
-                )
-                resampled, start_gradient = self._resample(held_out, basis)
+            basis = find_modes(
+                operator,
+                held_out,
+                top=config.top,
+                flat=config.flat,
+                interior=config.interior,
+                tolerance=config.tolerance,
+                flat_curvature=lambda eigenvalues: self._flat_curvature(eigenvalues, step),
+                flat_dimension=config.flat_dimension,
+                generator=self._generator,
+                max_vectors=means.vectors,
+                start=self._warm_start,
+                on_product=self.on_product,
+            )
+            resampled, start_gradient = self._resample(held_out, basis)
         self._warm_start = basis.vectors[: config.top].sum(0)
         decays = _decays(basis, space, optimizer)
         curvatures = [decisive_curvature(m, d) for m, d in zip(basis.modes, decays, strict=True)]
@@ -783,15 +900,9 @@ class ProbeEngine:
         length = _diffusion_length(basis, variances, of_random, optimizer, plan.steps)
         sliced = certifying[:MOST_BATCHES]
         wall = _wall(basis, variances[0] * self._accumulation / len(sliced))
-        slices, unsliced = self._slices(basis, sliced, space, _REACH * max(length, wall))
-        index = self._schedule.opened
-        self._schedule.open(step)
-        modes = len(basis.modes)
-        log.info(
-            "sgd_probe: window %d opens at step %d for %d steps: %s", index, step, plan.steps, plan.reason
-        )
+        slices, unsliced = self._slices(basis, sliced, space, means, _REACH * max(length, wall))
         return Window(
-            index=index,
+            index=self._schedule.opened,
             opened_at_step=step,
             plan=plan,
             basis=basis,
@@ -806,21 +917,23 @@ class ProbeEngine:
             resampled=resampled,
             start_gradient=start_gradient,
             radial=radial_shares(basis.vectors, space),
-            statistics=WindowStatistics.empty(modes, plan.steps),
+            statistics=WindowStatistics.empty(len(basis.modes), plan.steps),
             joint=JointStatistics.empty(sum(mode.kind == "top" for mode in basis.modes)),
             projector=Projector(
                 basis.vectors,
                 space.parameters,
-                space.scaling,
+                None if space.scaling is None else space.scaling.to(basis.vectors.device),
                 optimizer.decay_is_preconditioned,
                 basis.images,
                 part=part,
                 reduce=space.reduce,
+                together=steps_in_waiting(config, means.vectors, self._vector_bytes),
             ),
             slices=slices,
             warnings=[
                 note
                 for note in (
+                    *(f"Memory was short: {given_up}." for given_up in self._frugality.notes),
                     self._changed,
                     self._repeats(),
                     self._stored(),
@@ -832,14 +945,19 @@ class ProbeEngine:
         )
 
     def _slices(
-        self, basis: ModeBasis, batches: Sequence[CurvatureBatch], space: ParameterSpace, reach: float
+        self,
+        basis: ModeBasis,
+        batches: Sequence[CurvatureBatch],
+        space: ParameterSpace,
+        means: Means,
+        reach: float,
     ) -> tuple[tuple[LossSlice, ...], str]:
         """The loss along the stiffest and the flattest direction, and what to say where it failed."""
         if not self.config.slices or not 0 < reach < math.inf:
             return (), ""
         chosen = [0] if (flattest := _flattest(basis)) is None else [0, flattest]
         try:
-            with self._operator(batches, space, retain=False) as operator:
+            with self._operator(batches, space, dataclasses.replace(means, keep_graphs=False)) as operator:
                 found = loss_slices(operator, basis.vectors[chosen], reach)
         except WrongHessianError:
             raise
@@ -885,21 +1003,43 @@ class ProbeEngine:
         return max(aim, torch.finfo(torch.float64).tiny)
 
     def _revisit(self, window: Window, changed: bool) -> Revisited:
-        nothing = Revisited((), math.nan)
-        room = not math.isnan(window.basis.held_out_overlap)
-        try:
-            with self.shared(), self._isolated():
-                why = "Other weights are trained than when it opened" if changed else window.moved_otherwise()
-                if self._processes is not None and self._processes.total([float(bool(why))])[0]:
-                    why = why or "The weights of another process are not where its steps have brought them"
-                if why:
-                    window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
-                    return nothing
-                with self._operator(window.certifying, window.space, self._retain_graphs()) as operator:
-                    return revisit(operator, window.basis.vectors, window.top if room else 0)
-        except (CurvatureError, torch.OutOfMemoryError) as error:
-            window.warnings.append(f"The curvature at the window's end could not be measured: {error}.")
-            return nothing
+        nothing, reason = Revisited((), math.nan), ""
+        top = 0 if math.isnan(window.basis.held_out_overlap) else window.top
+        away = window.basis.vectors.device != window.space.device
+        means = dataclasses.replace(self._frugality.used, on_cpu=away)
+        # A basis that is held stays; products may take less.
+        for frugal in (means, dataclasses.replace(means, keep_graphs=False)):
+            try:
+                with self.shared(), self._isolated():
+                    if why := self._strayed(window, changed):
+                        window.warnings.append(f"{why}: the curvature at the window's end was not measured.")
+                        return nothing
+                    with self._operator(window.certifying, window.space, frugal) as operator:
+                        return revisit(operator, window.basis.vectors, top)
+            except Exception as error:
+                short = is_out_of_memory(error)
+                if not short and not isinstance(error, CurvatureError):
+                    raise
+                reason = _first_line(error) if short else str(error)
+            if not short or not means.keep_graphs:
+                break
+            self._forget_failure()
+        window.warnings.append(f"The curvature at the window's end could not be measured: {reason}.")
+        return nothing
+
+    def _strayed(self, window: Window, changed: bool) -> str:
+        """Why the weights are not where the window's steps have brought them; "" where they are."""
+        why = "Other weights are trained than when it opened" if changed else window.moved_otherwise()
+        if self._processes is not None and self._processes.total([float(bool(why))])[0]:
+            return why or "The weights of another process are not where its steps have brought them"
+        return why
+
+
+def _first_line(error: BaseException) -> str:
+    """Of an allocator's message, which may go on about its pools."""
+    line = (str(error).strip().splitlines() or ["no message"])[0]
+    found = line.rpartition("DefaultCPUAllocator: ")[2].partition(" Error code")[0]
+    return f"{type(error).__name__}: {found[:160].rstrip('.')}"
 
 
 #: A slice of the loss reaches to either side so many times as far as what it has to show: how far the
@@ -950,7 +1090,7 @@ def _decays(basis: ModeBasis, space: ParameterSpace, optimizer: OptimizerState) 
     shares = []
     for where in space.slices:  # one at a time: the whole basis in float64 would be as much as two of it
         rows = basis.vectors[:, where].double()
-        shares.append((rows if scaling is None else rows * scaling[where]).square().sum(1))
+        shares.append((rows if scaling is None else rows * scaling[where].to(rows)).square().sum(1))
     weights = torch.tensor(factors, dtype=torch.float64, device=basis.vectors.device)
     return tuple(space.reduce(weights @ torch.stack(shares)).tolist())
 

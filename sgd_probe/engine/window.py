@@ -21,7 +21,7 @@ from sgd_probe.dynamics.projection import Projection, Projector
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
 from sgd_probe.engine.optimizers import OptimizerReader, OptimizerState, read_scales
 from sgd_probe.engine.packing import pack, unpack
-from sgd_probe.engine.planning import WindowPlan
+from sgd_probe.engine.planning import Foretold, WindowPlan
 from sgd_probe.engine.step import Step
 from sgd_probe.result import LossSlice
 
@@ -53,6 +53,8 @@ class Window:
         joint: those of products between the stiff modes.
         jumps: steps at which the learning rate jumped.
         late: steps since it has seen all of its own.
+        foretold: what was said of it before.
+        peak_bytes: what it took while it opened; NaN where nobody can tell.
         warnings: what was noticed on the way.
     """
 
@@ -79,6 +81,8 @@ class Window:
     late: int = 0
     open_seconds: float = 0.0
     observe_seconds: float = 0.0
+    foretold: Foretold = field(default_factory=Foretold)
+    peak_bytes: float = math.nan
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -240,6 +244,8 @@ class Window:
             "scaling": self.space.scaling,
             "origin": projector.origin,
             "rows": projector.rows(),
+            "together": projector.together,
+            "on_cpu": self.basis.vectors.device != self.space.device,
         }
 
     @classmethod
@@ -247,24 +253,26 @@ class Window:
         """Go on with a window whose steps so far were observed in another process."""
         values = {name: unpack(state[name]) for name in _KEPT}
         hidden = {name: values.pop(name) for name in _HIDDEN}
+        home = torch.device("cpu") if state.get("on_cpu") else space.device
         device, dtype = space.device, space.dtype
         basis: ModeBasis = values["basis"]
-        images = None if basis.images is None else basis.images.to(device, dtype)
-        values["basis"] = dataclasses.replace(basis, vectors=basis.vectors.to(device, dtype), images=images)
+        images = None if basis.images is None else basis.images.to(home, dtype)
+        values["basis"] = dataclasses.replace(basis, vectors=basis.vectors.to(home, dtype), images=images)
         if state["scaling"] is not None:
             space = dataclasses.replace(space, scaling=state["scaling"].to(device, dtype))
         optimizer: OptimizerState = values["optimizer"]
         projector = Projector(
             values["basis"].vectors,
             space.parameters,
-            space.scaling,
+            None if space.scaling is None else space.scaling.to(home),
             optimizer.decay_is_preconditioned,
             images,
-            state["origin"].to(device, dtype),
+            state["origin"].to(home, dtype),
             part,
             space.reduce,
+            state["together"],
         )
-        projector.restore(state["rows"].to(device, dtype))
+        projector.restore(state["rows"].to(home, dtype))
         window = cls(**values, space=space, live=live, projector=projector)
         for name, value in hidden.items():
             setattr(window, name, value)
@@ -318,7 +326,7 @@ def radial_shares(vectors: Tensor, space: ParameterSpace) -> tuple[float, ...]:
         count, weights = len(weights), weights.detach().reshape(-1)
         if space.scaling is not None:
             weights = weights / space.scaling[where]
-        rows = weights.view(count, -1)
+        rows = weights.to(vectors.device).view(count, -1)
         lengths = rows.norm(dim=1, keepdim=True)
         radii = torch.where(lengths > 0, rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny), 0.0)
         for index, vector in enumerate(vectors):

@@ -25,7 +25,7 @@ from sgd_probe.integrations.session import (
 )
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import Sink
-from sgd_probe.sinks.folder import FolderSink, fresh_folder
+from sgd_probe.sinks.folder import FolderSink
 from sgd_probe.sinks.wandb import STEP_METRIC, WandbSink
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class SGDProbeCallback(TrainerCallback):
         sinks: list[Sink] = []
         if trainer.args.output_dir or self._run_dir:
             base = self._run_dir or Path(trainer.args.output_dir) / f"{self.name}_run"
-            sinks.append(FolderSink(fresh_folder(base), max_vector_bytes=self.config.max_vector_bytes))
+            sinks.append(FolderSink(base, fresh=True, max_vector_bytes=self.config.max_vector_bytes))
         run = active_wandb_run()
         if run is not None:
             sinks.append(WandbSink(ActiveRun(_OnTrainersAxis(run))))

@@ -52,7 +52,7 @@ from sgd_probe.integrations.session import (
 )
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
-from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
+from sgd_probe.sinks.folder import RUN_FILE, FolderSink
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
 from sgd_probe.sinks.terminal import TerminalSink
@@ -86,8 +86,8 @@ def _guarded(
             if self._strict:
                 raise
             log.warning(
-                "sgd_probe: switched off for the rest of this fit (%s: %s). Training goes on untouched; "
-                "strict=True raises instead.",
+                "sgd_probe: switched off for the rest of this fit (%s: %s). Training goes on untouched; the "
+                "next fit has the probe again, and strict=True raises instead.",
                 type(error).__name__,
                 error,
                 exc_info=log.isEnabledFor(logging.DEBUG),
@@ -119,7 +119,7 @@ class SGDProbe(Callback):
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
         optimizer: under manual optimisation, the one whose loss and weights are probed, counted from 0
             in the order of ``configure_optimizers``; for another, add another probe (0).
-        strict: raise failures instead of switching off.
+        strict: raise failures, a window that cannot open too, instead of going on without the probe.
         config: every other knob; the arguments above win over it.
 
     Attributes:
@@ -191,6 +191,7 @@ class SGDProbe(Callback):
         self._restored: dict[str, Any] = {}
         self._last_state: dict[str, Any] = {}
         self._folder: Path | None = None
+        self._folder_sink: FolderSink | None = None
         self._planned = False
         self._without_loss = 0
         self._steps = 0  # done in the fit, as the trainer's loggers count them
@@ -385,6 +386,8 @@ class SGDProbe(Callback):
                     stack.callback(setattr, engine, "on_product", None)
                     engine.on_product = stack.enter_context(progress_bar(trainer, engine.expected_products))
             basis = engine.open_window(step)
+        if basis is None and self._strict:
+            raise CurvatureError(engine.failure)
         if basis is not None and self._metrics is not None:
             self._metrics.publish({f"{self.name}/lambda_max": basis.lambda_max})
 
@@ -478,14 +481,20 @@ class SGDProbe(Callback):
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
         whole = not self._engine.space.divided
-        self._sinks.write(result, named_vectors(self.config, result, vectors) if whole else {})
+        with self._engine.ledger.charge():
+            self._sinks.write(result, named_vectors(self.config, result, vectors) if whole else {})
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
         sinks = self._make_sinks(trainer)  # first: the processes ask each other
         announce(trainer, "sgd_probe: " + "\n  ".join(plan))
-        space = self._engine.space
         self._sinks = SinkGroup(sinks, self._strict)
+        with self._engine.ledger.charge():
+            self._start_sinks(plan)
+
+    def _start_sinks(self, plan: tuple[str, ...]) -> None:
+        assert self._engine is not None
+        space = self._engine.space
         self._sinks.start(
             RunInfo(
                 name=self.name,
@@ -501,6 +510,8 @@ class SGDProbe(Callback):
                 },
             )
         )
+        if self._folder_sink is not None:
+            self._folder = self._folder_sink.path
 
     def _make_sinks(self, trainer: Trainer) -> list[Sink]:
         assert self._metrics is not None
@@ -512,8 +523,12 @@ class SGDProbe(Callback):
             return sinks
         # A resumed run goes on in its folder, if that is still there.
         resumed = self._folder is not None and (self._folder / RUN_FILE).exists()
-        self._folder = self._folder if resumed and self._folder is not None else fresh_folder(base)
-        sinks.append(FolderSink(self._folder, max_vector_bytes=self.config.max_vector_bytes))
+        self._folder_sink = FolderSink(
+            self._folder if resumed and self._folder is not None else base,
+            fresh=not resumed,
+            max_vector_bytes=self.config.max_vector_bytes,
+        )
+        sinks.append(self._folder_sink)
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:

@@ -9,13 +9,14 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sgd_probe.engine import CurvatureError, sharded_units
+from sgd_probe.integrations import session
 from sgd_probe.integrations.muting import nothing, shadowed, silenced
 
 if TYPE_CHECKING:
@@ -87,18 +88,10 @@ def announce(trainer: Trainer, message: str) -> None:
     importlib.import_module(f"{_package(trainer)}.utilities.rank_zero").rank_zero_info(message)
 
 
-@contextmanager
-def progress_bar(trainer: Trainer, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(trainer: Trainer, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """A bar below the trainer's own, for a long pause; gone afterwards, and not there if that is not."""
-    from tqdm import tqdm  # a dependency of Lightning's
-
     wanted = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False, disable=not wanted) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show
+    return session.progress_bar(total, disable=not wanted)
 
 
 def planned_steps(trainer: Trainer) -> float:

@@ -26,7 +26,7 @@ from sgd_probe.integrations.session import (
 )
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import Sink
-from sgd_probe.sinks.folder import FolderSink, fresh_folder
+from sgd_probe.sinks.folder import FolderSink
 from sgd_probe.sinks.wandb import WandbSink
 
 log = logging.getLogger("sgd_probe")
@@ -230,8 +230,7 @@ class LoopProbe:
     def _make_sinks(self) -> list[Sink]:
         sinks: list[Sink] = []
         if self._run_dir is not None:
-            folder = fresh_folder(self._run_dir)
-            sinks.append(FolderSink(folder, max_vector_bytes=self.config.max_vector_bytes))
+            sinks.append(FolderSink(self._run_dir, fresh=True, max_vector_bytes=self.config.max_vector_bytes))
         run = active_wandb_run()
         if run is not None:
             sinks.append(WandbSink(ActiveRun(run)))

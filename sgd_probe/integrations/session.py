@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sgd_probe.engine import ProbeConfig, ProbeEngine, duration
+from sgd_probe.engine import CurvatureError, ProbeConfig, ProbeEngine, duration
 from sgd_probe.isolation import capture
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors
@@ -53,11 +53,16 @@ def show(table: str) -> None:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, disable: bool | None = None) -> Iterator[Callable[[int], None]]:
     """A bar for a long pause, on a terminal; it is gone afterwards. Yields what takes the number done."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="sgd_probe", unit=" products", leave=False, disable=None) as bar:
+    class Bar(tqdm):  # type: ignore[misc]
+        """Of all bars, the first starts a thread that watches them, and stays."""
+
+        monitor_interval = 0
+
+    with Bar(total=total, desc="sgd_probe", unit=" products", leave=False, disable=disable) as bar:
 
         def advance(done: int) -> None:
             bar.update(done - bar.n)
@@ -106,7 +111,7 @@ def _guarded(
                 raise
             log.warning(
                 "sgd_probe: switched off for the rest of this training (%s: %s). Training goes on untouched; "
-                "strict=True raises instead.",
+                "the next one has the probe again, and strict=True raises instead.",
                 type(error).__name__,
                 error,
                 exc_info=log.isEnabledFor(logging.DEBUG),
@@ -252,7 +257,9 @@ class ProbeSession:
                 self._host.announce(f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
                 stack.callback(setattr, engine, "on_product", None)
                 engine.on_product = stack.enter_context(self._host.progress(engine.expected_products))
-            engine.open_window(step)
+            basis = engine.open_window(step)
+            if basis is None and self._strict:
+                raise CurvatureError(engine.failure)
 
     def _close_if_due(self, step: int) -> None:
         if self._engine is not None and self._engine.closing_due:
@@ -267,7 +274,8 @@ class ProbeSession:
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._host.announce(f"sgd_probe: {one_line(result)}")
-        self._sinks.write(result, named_vectors(self._config, result, vectors))
+        with engine.ledger.charge():
+            self._sinks.write(result, named_vectors(self._config, result, vectors))
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))

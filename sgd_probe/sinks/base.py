@@ -71,7 +71,11 @@ def scalars(result: WindowResult, name: str = "sgd_probe") -> dict[str, float]:
         f"{name}/cost/window_seconds": (
             result.cost.open_seconds + result.cost.observe_seconds + result.cost.close_seconds
         ),
-        f"{name}/cost/longest_pause_seconds": max(result.cost.open_seconds, result.cost.close_seconds),
+        f"{name}/cost/pause_seconds": max(result.cost.open_seconds, result.cost.close_seconds),
+        f"{name}/cost/longest_pause_seconds": result.cost.longest_pause_seconds,
+        f"{name}/cost/foretold_pause_seconds": result.cost.foretold_open_seconds,
+        f"{name}/cost/peak_bytes": result.cost.peak_bytes,
+        f"{name}/cost/foretold_bytes": result.cost.foretold_bytes,
         f"{name}/cost/total_seconds": result.cost.total_seconds,
         f"{name}/cost/fraction": result.cost.fraction,
     }
@@ -129,7 +133,8 @@ class SinkGroup:
                     raise
                 self._sinks.remove(sink)
                 log.warning(
-                    "sgd_probe: %s failed in %s (%s: %s). Training and the other outputs go on without it.",
+                    "sgd_probe: %s failed in %s (%s: %s). Training and the other outputs go on without it, "
+                    "and results stay in memory (`results`); the next fit tries it again.",
                     type(sink).__name__,
                     method,
                     type(error).__name__,

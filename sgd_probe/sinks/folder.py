@@ -41,17 +41,22 @@ REPORT_SHARE, FIRST_REPORT = 0.01, 2.0
 class FolderSink:
     """Writes each window to a run folder as soon as it has closed, and the page as often as it is cheap.
 
-    A folder that already holds a run is continued: windows are appended. For a run of its own, take
-    the folder from :func:`fresh_folder`.
+    A folder that already holds a run is continued: windows are appended. Where the disk is full, nothing half
+    written stays behind.
 
     Args:
         path: the run folder; made if absent.
+        fresh: the folder is for a run of its own: where there is one already, :func:`fresh_folder` takes a
+            numbered one when the run starts.
         max_vector_bytes: directions of one window that would take more are not stored.
     """
 
-    def __init__(self, path: Path | str, *, max_vector_bytes: int = DEFAULT_MAX_VECTOR_BYTES) -> None:
+    def __init__(
+        self, path: Path | str, *, fresh: bool = False, max_vector_bytes: int = DEFAULT_MAX_VECTOR_BYTES
+    ) -> None:
         # Absolute, for the user's code may change the working directory during the fit.
         self.path = Path(path).absolute()
+        self._fresh = fresh
         self._max_vector_bytes = max_vector_bytes
         self._told_of_size = False
         self._started = 0.0
@@ -60,6 +65,8 @@ class FolderSink:
 
     def start(self, run: RunInfo) -> None:
         """Make the folder and describe the run in it."""
+        if self._fresh:
+            self.path, self._fresh = fresh_folder(self.path), False
         self.path.mkdir(parents=True, exist_ok=True)
         info = {
             "name": run.name,
@@ -168,15 +175,21 @@ def read_run(path: Path | str) -> tuple[dict[str, Any], list[WindowResult], str]
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Append one line that survives a crash of the process or of the machine."""
-    with path.open("ab+") as file:
-        if file.tell() > 0:
+    """Append one line that survives a crash of the process or of the machine; the whole of it, or nothing."""
+    with path.open("ab+", buffering=0) as file:
+        size, text = file.seek(0, os.SEEK_END), line.encode() + b"\n"
+        if size > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 # A killed process left half a line: end it, or it would swallow this one.
-                file.write(b"\n")
-        file.write(line.encode() + b"\n")
-        _sync(file)
+                text = b"\n" + text
+        try:
+            while text:
+                text = text[file.write(text) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)  # a full disk has taken the first half
+            raise
 
 
 @contextmanager

@@ -36,6 +36,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "save_vectors": (1, 0, None, "yes"),
     "summary": ("always", None, True, 1),
     "checkpoint_window": (1, 0, None, "always"),
+    "verify": (1, 0, None, "always"),
 }
 GOOD: dict[str, tuple[Any, ...]] = {
     "top": (1, 100),
@@ -61,6 +62,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "save_vectors": (True, False),
     "summary": ("end", "windows", "off"),
     "checkpoint_window": (True, False),
+    "verify": (True, False),
 }
 
 

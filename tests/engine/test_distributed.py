@@ -166,8 +166,8 @@ def test_products_are_those_of_all_batches_and_the_same_on_all(tmp_path: Path) -
 
 def test_a_failure_of_one_is_a_failure_of_all(tmp_path: Path) -> None:
     first, second = run_processes("tests.engine.test_distributed", tmp_path, case="failures")
-    assert first["memory"] == "CurvatureError: OutOfMemoryError: no room"
-    assert second["memory"] == "CurvatureError: another process of the training failed; see its log"
+    assert first["memory"] == "MemoryError: OutOfMemoryError: no room"
+    assert second["memory"] == "MemoryError: another process of the training failed; see its log"
     assert first["user"].startswith("WrongHessianError: KeyError")
     assert second["user"].startswith("WrongHessianError: ")
     assert first["infinite"].startswith("CurvatureError: ") and second["infinite"].startswith(

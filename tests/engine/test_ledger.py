@@ -6,9 +6,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import torch
 
-from sgd_probe.engine.ledger import Ledger, free_memory
+from sgd_probe.engine.ledger import Ledger
 
 
 @pytest.fixture
@@ -38,7 +37,12 @@ def test_failed_work_is_charged_too(clock: list[float]) -> None:
     assert ledger.training == 0
 
 
-def test_free_memory() -> None:
-    free = free_memory(torch.device("cpu"))
-    assert free is None or 2**20 < free < 2**60
-    assert free_memory(torch.device("meta")) is None
+def test_a_part_of_a_piece_of_work_is_charged_once(clock: list[float]) -> None:
+    ledger = Ledger()
+    with ledger.charge() as whole:
+        clock[0] += 1
+        with ledger.charge() as part:
+            clock[0] += 2
+    with ledger.charge():
+        clock[0] += 0.5
+    assert (whole.seconds, part.seconds, ledger.spent, ledger.longest) == (3, 2, 3.5, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,9 @@ from sgd_probe.engine.planning import (
     finding_products,
     gradients_per_batch,
     most_vectors,
+    steps_in_waiting,
     turning_limit,
+    windows_ahead,
 )
 
 CURVATURES = st.lists(st.one_of(st.floats(-10, 1e4), st.just(math.inf)), max_size=10)
@@ -121,8 +124,14 @@ class TestCurvatureBatches:
         assert most_vectors(config, 70) == 70 + 4 + 10
         # tests/curvature/test_memory.py measures them.
         assert [most_vectors(config, basis) for basis in (16, 34)] == [34, 54]
+
+    @pytest.mark.parametrize(("basis", "steps"), [(70, 16), (34, 12), (16, 4)])
+    def test_steps_wait_in_the_memory_that_an_opening_took(self, basis: int, steps: int) -> None:
+        config = ProbeConfig(top=10, flat=4)
+        assert steps_in_waiting(config, basis, 4) == steps
         # Directions, two images of each flat one, start, scaling, and the steps that wait.
-        assert most_vectors(config, 16, waiting_steps=16) == 14 + 2 * 4 + 2 + 2 * 16
+        assert 14 + 2 * 4 + 2 + 2 * steps <= most_vectors(config, basis)
+        assert steps_in_waiting(config, basis, 2**30) == 1
 
     def test_interior_modes_cost_their_certificates_and_two_products_together(self) -> None:
         found = [finding_products(ProbeConfig(interior=count)) for count in (0, 1, 5)]
@@ -132,17 +141,30 @@ class TestCurvatureBatches:
 
 
 class Clock:
-    """A run of equal steps in which a window costs the same seconds every time and runs for 100 steps."""
+    """A run in which a window costs the same seconds every time and runs for 100 steps.
+
+    Args:
+        step_seconds: of every step, or of the step that is given.
+        foretold: what the first window is thought to cost; what it costs by default.
+    """
 
     def __init__(
-        self, config: ProbeConfig, *, steps: int, step_seconds: float, window_seconds: float, first: int = 0
+        self,
+        config: ProbeConfig,
+        *,
+        steps: int,
+        step_seconds: float | Callable[[int], float],
+        window_seconds: float,
+        first: int = 0,
+        foretold: float | None = None,
     ) -> None:
         self.opened: list[int] = []
         self.spent = self.training = 0.0
         schedule = Schedule(config, first, steps)
         open_until = first
         for step in range(first, steps):
-            due = step >= open_until and schedule.due(step, 0, self.spent, window_seconds, self.training)
+            cost = window_seconds if self.opened or foretold is None else foretold
+            due = step >= open_until and schedule.due(step, 0, self.spent, cost, self.training)
             if due:
                 if self.opened and config.every_n_steps is None:
                     assert self.spent + window_seconds <= config.max_overhead * self.training
@@ -150,7 +172,7 @@ class Clock:
                 self.opened.append(step)
                 self.spent += window_seconds
                 open_until = step + 100
-            self.training += step_seconds
+            self.training += step_seconds(step) if callable(step_seconds) else step_seconds
         self.schedule = schedule
 
 
@@ -170,6 +192,49 @@ def test_the_budget_is_held(window_seconds: float, step_seconds: float, overhead
     if affordable >= 2:
         # Windows of 100 steps are the other bound.
         assert len(clock.opened) >= min(int(affordable * 0.8), 45)
+
+
+def slow_start(step: int) -> float:
+    """Compiling, workers that start: what the first steps take says nothing of the run."""
+    return 5.0 if step < 12 else 0.1
+
+
+def validated(step: int) -> float:
+    return 60.0 if step % 100 == 99 else 0.1
+
+
+def faster_later(step: int) -> float:
+    return 1.0 if step < 1_000 else 0.1
+
+
+def slower_later(step: int) -> float:
+    return 0.1 if step < 1_000 else 1.0
+
+
+@pytest.mark.parametrize("step_seconds", [slow_start, validated, slower_later])
+@pytest.mark.parametrize("overhead", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("window_seconds", [6.0, 40.0])
+def test_the_budget_is_held_where_steps_differ(
+    step_seconds: Callable[[int], float], overhead: float, window_seconds: float
+) -> None:
+    config = ProbeConfig(max_overhead=overhead)
+    clock = Clock(config, steps=5_000, step_seconds=step_seconds, window_seconds=window_seconds)
+    assert clock.spent <= overhead * clock.training
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "foretold"), [(faster_later, 20.0), (lambda step: 0.2, 5.0)], ids=["faster", "costlier"]
+)
+def test_what_nobody_could_know_is_paid_back_before_the_next_window(
+    step_seconds: Callable[[int], float], foretold: float
+) -> None:
+    config = ProbeConfig(max_overhead=0.05)
+    clock = Clock(
+        config, steps=5_000, step_seconds=step_seconds, window_seconds=20.0, first=0, foretold=foretold
+    )
+    assert clock.opened[0] <= 50
+    # Clock asserts that every later one fits into what the training has taken so far.
+    assert clock.spent - 20.0 <= 0.05 * clock.training
 
 
 def test_a_run_without_an_end_pays_its_first_window_later() -> None:
@@ -204,3 +269,16 @@ def test_a_postponed_window_waits() -> None:
     assert not schedule.due(209, 0, 0.0, 0.0, 1.0)
     assert schedule.due(210, 0, 0.0, 0.0, 1.0)
     assert schedule.opened == 0
+
+
+def test_the_number_of_windows_that_is_announced() -> None:
+    fixed = ProbeConfig(every_n_steps=400, window=200)
+    # At 0, 400, 800; another at 1,200 would have no steps left.
+    assert windows_ahead(fixed, 1_210, 1.0, 1e9) == 3
+    assert windows_ahead(fixed, math.inf, math.inf, 1.0) == math.inf
+    budgeted = ProbeConfig(window=200, max_overhead=0.05)
+    assert windows_ahead(budgeted, 10_000, 4_000.0, 50.0) == 4
+    # Windows of 200 steps do not overlap; a short run gets one of at most grace_seconds.
+    assert windows_ahead(budgeted, 450, 1e6, 50.0) == 3
+    assert windows_ahead(budgeted, 450, 1.0, 4.0) == 1
+    assert windows_ahead(budgeted, 450, 1.0, 50.0) == 0

@@ -459,7 +459,7 @@ def test_a_window_that_can_never_be_paid_for_is_not_opened(
     probe = SGDProbe(config=config, strict=True)
     run(Tiny(), probe, tmp_path, steps=100)
     assert probe.results == []
-    assert caplog.text.count("no window opens: one") == 1
+    assert caplog.text.count("no window opens at the present pace: one") == 1
 
 
 def test_a_dataset_as_batches_of_plain_tensors(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def test_a_run_that_cannot_log_is_warned_of_once(
     logger.experiment.finish()
     assert warnings_of(caplog) == [
         "sgd_probe: WandbSink failed in write (Error: the server is gone). "
-        "Training and the other outputs go on without it."
+        "Training and the other outputs go on without it, and results stay in memory (`results`); the next "
+        "fit tries it again."
     ]
 
 
