@@ -513,8 +513,9 @@ class ProbeEngine:
         if self._schedule.unaffordable and not self._over_budget_said:
             self._over_budget_said = True
             log.warning(
-                "sgd_probe: no window opens at the present pace: one takes about %s, more than max_overhead=%g "
-                "allows for this run. Raise max_overhead, lower curvature_batches, top or flat, or set every_n_steps.",
+                "sgd_probe: no window opens at the present pace: one takes about %s, more than "
+                "max_overhead=%g allows for this run. Raise max_overhead, lower curvature_batches, top or "
+                "flat, or set every_n_steps.",
                 duration(self._window_seconds),
                 self.config.max_overhead,
             )
