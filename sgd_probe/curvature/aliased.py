@@ -153,7 +153,8 @@ class _DoubleThroughout(TorchFunctionMode):
     """Where float32 is asked for it is float64.
 
     Many models (those of transformers, say) compute norms, attention weights and losses in float32 whatever
-    they are given. A copy in float64 has to stay that, or its differences drown in rounding.
+    they are given, and others make constants and draw noise in it. A copy in float64 has to stay that, or
+    its differences drown in rounding. The numbers that are drawn stay the same.
     """
 
     def __torch_function__(
@@ -163,7 +164,11 @@ class _DoubleThroughout(TorchFunctionMode):
             func = Tensor.double
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         named = {n: torch.float64 if v is torch.float32 else v for n, v in (kwargs or {}).items()}
-        return func(*args, **named)
+        found = func(*args, **named)
+        if not isinstance(found, Tensor) or found.dtype is not torch.float32:
+            return found
+        made = not any(isinstance(value, Tensor) for value in (*args, *named.values()))
+        return found.double() if made else found
 
 
 def _checked(loss: object) -> Tensor:

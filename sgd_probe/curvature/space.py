@@ -56,8 +56,8 @@ class ParameterSpace:
             among: keep only these (those that an optimizer moves, say).
 
         Raises:
-            ValueError: nothing is left, a parameter has no shape yet or is complex, or they differ in dtype or
-                device.
+            ValueError: nothing is left, a parameter has no shape yet or is complex, or they differ in dtype
+                or device.
         """
         allowed = None if among is None else {id(parameter) for parameter in among}
         accept = _rule(chosen)

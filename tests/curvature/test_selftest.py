@@ -54,6 +54,8 @@ ACCEPTED: dict[str, Case] = {
     "embedding below its max_norm": (lambda: ob.Shortened(100.0), ob.cross_entropy),
     "embedding with a padding row": (lambda: ob.Tokens(nn.Tanh(), padding_idx=2), ob.cross_entropy),
     "output in float32": (lambda: ob.mlp(nn.Tanh()), ob.narrow_output),
+    "new constant": (lambda: ob.mlp(nn.Tanh()), ob.new_class_weights),
+    "new noise": (lambda: ob.mlp(nn.Tanh()), ob.new_noise),
     "label smoothing": (lambda: ob.mlp(nn.Tanh()), ob.label_smoothing),
     "weight decay in the loss": (lambda: ob.mlp(nn.Tanh()), ob.weight_decay),
     "own function": (lambda: ob.applied(ob.TwiceDifferentiable), ob.cross_entropy),
