@@ -179,7 +179,7 @@ class _Capture:
     def _visit(self, value: Any) -> None:
         if type(value) in weakref.ProxyTypes or id(value) in self._seen:
             return
-        if isinstance(value, str | bytes | int | float | complex | type | None):
+        if isinstance(value, str | bytes | int | float | complex | type | types.ModuleType | None):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
