@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
 from sgd_probe.curvature.space import ParameterSpace
@@ -153,8 +154,8 @@ class _DoubleThroughout(TorchFunctionMode):
     """Where float32 is asked for it is float64.
 
     Many models (those of transformers, say) compute norms, attention weights and losses in float32 whatever
-    they are given, and others make constants and draw noise in it. A copy in float64 has to stay that, or
-    its differences drown in rounding. The numbers that are drawn stay the same.
+    they are given; others make constants, draw noise or carry a hidden state in it. A copy in float64 has to
+    stay that, or its differences drown in rounding. The numbers that are drawn stay the same.
     """
 
     def __torch_function__(
@@ -164,11 +165,19 @@ class _DoubleThroughout(TorchFunctionMode):
             func = Tensor.double
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         named = {n: torch.float64 if v is torch.float32 else v for n, v in (kwargs or {}).items()}
+        given = {leaf.dtype for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)}
+        if {torch.float32, torch.float64} <= given and not _writes(func, named):
+            args, named = tree_map_only(Tensor, partial(cast_tensor, dtype=torch.float64), (args, named))
         found = func(*args, **named)
-        if not isinstance(found, Tensor) or found.dtype is not torch.float32:
-            return found
-        made = not any(isinstance(value, Tensor) for value in (*args, *named.values()))
+        made = not given and isinstance(found, Tensor) and found.dtype is torch.float32
         return found.double() if made else found
+
+
+def _writes(func: Any, named: dict[str, Any]) -> bool:
+    """A function that writes to what it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+    return in_place or named.get("out") is not None
 
 
 def _checked(loss: object) -> Tensor:

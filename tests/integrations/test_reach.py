@@ -37,7 +37,7 @@ def module_with(deed: Deed, **attributes: Any) -> Callable[[Any], Any]:
                 for name, value in attributes.items():
                     setattr(self, name, copy.copy(value))
 
-            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
                 loss: Tensor = nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
                 return deed(self, loss)
 
@@ -280,7 +280,7 @@ class Wrapping(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
         self.defaults = inner.defaults
-        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
 
     def step(self, closure: Any = None) -> Any:
         return self.inner.step(closure)
