@@ -55,6 +55,10 @@ _PLAIN = (
 _MAX_ELEMENTS = 10_000
 
 
+#: Tensors and arrays at the top of a file are data sets rather than state from so many bytes on.
+_MAX_BYTES = 2**24
+
+
 class IsolationError(RuntimeError):
     """The user's code uses something that cannot be put back, so it cannot be evaluated twice."""
 
@@ -144,7 +148,8 @@ def capture(*roots: Any) -> Restore:
 
     That is, for a module and every submodule: its attributes (containers, counters, generators and plain
     objects are looked into; metric states are attributes), buffers with their values, parameters
-    with their ``grad`` and ``requires_grad``, the mode flag and the hooks. Values of parameters are
+    with their ``grad`` and ``requires_grad``, the mode flag and the hooks. Of the classes of modules, and of
+    functions: what their code names at the top of a file of the user's own. Values of parameters are
     not copied: see :func:`rehearsed`. Iterators and open files cannot be rewound: until the state is
     restored, something that refuses to be used stands in their place.
     """
@@ -157,6 +162,7 @@ class _Capture:
     def __init__(self) -> None:
         self._restores: list[Restore] = []
         self._seen: dict[int, Any] = {}  # the object is kept: a freed one could hand its id on
+        self._scopes: set[tuple[int, frozenset[str]]] = set()
         self._pending: list[Any] = []
 
     def capture(self, roots: Iterable[Any]) -> Restore:
@@ -173,7 +179,7 @@ class _Capture:
     def _visit(self, value: Any) -> None:
         if type(value) in weakref.ProxyTypes or id(value) in self._seen:
             return
-        if isinstance(value, str | bytes | int | float | complex | type | None):
+        if isinstance(value, str | bytes | int | float | complex | type | types.ModuleType | None):
             return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
@@ -291,11 +297,18 @@ class _Capture:
     def _classes(self, cls: type) -> None:
         """Counters and containers that people keep on the class of their module."""
         for owner in cls.__mro__:
-            if not _is_users_class(owner):
+            if not _is_users_class(owner) or id(owner) in self._seen:
                 continue
+            self._seen[id(owner)] = owner
             saved = {k: v for k, v in vars(owner).items() if not k.startswith("__") and _is_data(v)}
             self._restores.append(functools.partial(_rebind, owner, saved))
             self._elements(list(saved.values()))
+            methods = (getattr(value, "__func__", value) for value in vars(owner).values())
+            self._pending.extend(
+                value
+                for value in methods
+                if isinstance(value, types.FunctionType) and _is_own(value.__globals__)
+            )
 
     def _closure(self, function: types.FunctionType) -> None:
         """What a hook or a local function keeps in the variables around it."""
@@ -303,6 +316,8 @@ class _Capture:
         root = (function.__module__ or "torch").partition(".")[0]
         if root in _FRAMEWORKS and root != "wandb":
             return
+        if _is_own(function.__globals__):
+            self._globals(function.__globals__, _names(function.__code__))
         for cell in function.__closure__ or ():
             try:
                 content = cell.cell_contents
@@ -310,6 +325,37 @@ class _Capture:
                 continue
             self._restores.append(functools.partial(setattr, cell, "cell_contents", content))
             self._pending.append(content)
+
+    def _globals(self, scope: dict[str, Any], names: frozenset[str]) -> None:
+        """Counters, containers and generators at the top of a file, as far as a function names them.
+
+        Args:
+            scope: of the file.
+            names: that the function uses.
+        """
+        if (id(scope), names) in self._scopes:
+            return
+        self._scopes.add((id(scope), names))
+        missing = [name for name in names if name not in scope]
+        named = {name: scope[name] for name in names if name in scope}
+        saved = {name: value for name, value in named.items() if _is_data(value)}
+
+        def restore() -> None:
+            scope.update(saved)
+            for name in missing:
+                scope.pop(name, None)
+
+        self._restores.append(restore)
+        for name, value in named.items():
+            if _runs_out(value):
+                scope[name] = _Untouchable(name, value)
+            elif isinstance(value, type):
+                self._classes(value)
+            elif isinstance(value, types.ModuleType):
+                if _is_own(vars(value)):
+                    self._globals(vars(value), names)
+            elif not _is_large(value):
+                self._pending.append(value)
 
     def _elements(self, values: Any) -> None:
         if len(values) <= _MAX_ELEMENTS:
@@ -443,6 +489,25 @@ class _Untouchable:
 def is_framework(owner: Any) -> bool:
     """Whether a class or a function belongs to the framework, not to the user."""
     return str(getattr(owner, "__module__", "")).partition(".")[0] in _FRAMEWORKS
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Names that a function may read or bind outside of itself, those within it included."""
+    inner = (_names(value) for value in code.co_consts if isinstance(value, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray) and value.nbytes > _MAX_BYTES
+
+
+def _is_own(scope: dict[str, Any]) -> bool:
+    """The file with these globals is of the user's project, not installed."""
+    file = scope.get("__file__") or ""
+    root = str(scope.get("__name__", "")).partition(".")[0]
+    installed = "site-packages" in file or "dist-packages" in file
+    return not installed and root not in _FRAMEWORKS and root not in sys.stdlib_module_names
 
 
 def _is_users_class(cls: type) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
 
-from sgd_probe.isolation import capture, isolated, rehearsed, seed_all
+from sgd_probe.isolation import IsolationError, capture, isolated, rehearsed, seed_all
 
 torch.set_num_threads(1)
 
@@ -656,3 +656,54 @@ def test_counters_of_hooks_that_wandb_watch_registers_stand_still() -> None:
         module.layers(torch.randn(6, 4))
         assert counts == [1]
     assert counts == [0]
+
+
+STEPS = 0
+STREAM = itertools.cycle([1.0, 2.0])
+LARGE = np.zeros(2**21 + 1)
+
+
+class Tally:
+    """A class of a project that counts for all."""
+
+    count = 0
+
+
+def counted(x: Tensor) -> Tensor:
+    global STEPS, FRESH
+    STEPS += 1
+    FRESH = STEPS  # type: ignore[name-defined]
+    Tally.count += 1
+    return x * STEPS
+
+
+class UsesGlobals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        LARGE[0] += 1
+        return counted(self.layer(x))
+
+
+def test_globals_of_a_project_are_put_back_where_its_functions_name_them() -> None:
+    module = UsesGlobals()
+    LARGE[0] = 0
+    with isolated(module):
+        module(torch.ones(1, 2))
+        assert (STEPS, Tally.count) == (1, 1)
+    assert (STEPS, Tally.count) == (0, 0)
+    assert "FRESH" not in globals()
+    assert LARGE[0] == 1  # a data set rather than state
+
+
+def test_a_global_that_runs_out_is_refused() -> None:
+    class Draws(UsesGlobals):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * next(STREAM)
+
+    module = Draws()
+    with isolated(module), pytest.raises(IsolationError, match="`STREAM`"):
+        module(torch.ones(1, 2))
+    assert next(STREAM) == 1.0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgd_probe.curvature.batch_norm import QuickBatchNorm
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
@@ -156,7 +157,8 @@ class _DoubleThroughout(TorchFunctionMode):
     """Where float32 is asked for it is float64.
 
     Many models (those of transformers, say) compute norms, attention weights and losses in float32 whatever
-    they are given. A copy in float64 has to stay that, or its differences drown in rounding.
+    they are given; others make constants, draw noise or carry a hidden state in it. A copy in float64 has to
+    stay that, or its differences drown in rounding. The numbers that are drawn stay the same.
     """
 
     def __torch_function__(
@@ -166,7 +168,19 @@ class _DoubleThroughout(TorchFunctionMode):
             func = Tensor.double
         args = tuple(torch.float64 if value is torch.float32 else value for value in args)
         named = {n: torch.float64 if v is torch.float32 else v for n, v in (kwargs or {}).items()}
-        return func(*args, **named)
+        given = {leaf.dtype for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)}
+        if {torch.float32, torch.float64} <= given and not _writes(func, named):
+            args, named = tree_map_only(Tensor, partial(cast_tensor, dtype=torch.float64), (args, named))
+        found = func(*args, **named)
+        made = not given and isinstance(found, Tensor) and found.dtype is torch.float32
+        return found.double() if made else found
+
+
+def _writes(func: Any, named: dict[str, Any]) -> bool:
+    """A function that writes to what it is given."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith(("__i", "__set"))
+    return in_place or named.get("out") is not None
 
 
 def checked(loss: object) -> Tensor:

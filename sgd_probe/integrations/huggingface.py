@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from torch import Tensor, nn
 
 from sgd_probe.engine import CurvatureError, ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
-from sgd_probe.integrations.muting import active_wandb_run, nothing, shadowed, silenced
+from sgd_probe.integrations.muting import active_wandb_run, nothing, shadowed, silenced, unchanged
 from sgd_probe.integrations.session import (
     ActiveRun,
     CallbackSink,
@@ -309,7 +309,7 @@ def _training_loss(
     def loss(model: nn.Module, batch: Given, _: int) -> Tensor:
         with (
             silenced(),
-            _unchanged(trainer),
+            unchanged(trainer),
             shadowed(trainer, "log", nothing),
             _without_autocast(model),
         ):
@@ -359,19 +359,6 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         return
     with shadowed(model, "forward", original):
         yield
-
-
-@contextmanager
-def _unchanged(owner: Any) -> Iterator[None]:
-    """Bind the attributes of a plain object to what they were."""
-    own = vars(owner)
-    before = dict(own)
-    try:
-        yield
-    finally:
-        if own.keys() != before.keys() or any(own[name] is not value for name, value in before.items()):
-            own.clear()
-            own.update(before)
 
 
 def _kept_of(trainer: Any, loss_fn: object) -> Iterable[Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sgd_probe.engine import CurvatureError, sharded_units
 from sgd_probe.integrations import session
-from sgd_probe.integrations.muting import nothing, shadowed, silenced
+from sgd_probe.integrations.muting import nothing, shadowed, silenced, unchanged
+from sgd_probe.isolation import capture
 
 if TYPE_CHECKING:
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -71,6 +72,8 @@ __all__ = [
     "training_loss",
 ]
 
+#: Their callbacks keep nothing of a training step's.
+_FRAMEWORKS = ("lightning.", "pytorch_lightning.", "sgd_probe.")
 #: Precisions whose forward pass the probe can do in float32 or better.
 _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 
@@ -356,7 +359,7 @@ def training_loss(
         # weights in half precision come as copies in float32.
         precision = plugin.forward_context() if native else nullcontext()
         dtype = nullcontext() if native else shadowed(module, "_dtype", torch.float32)
-        with muted(trainer, module), precision, dtype:
+        with _kept(trainer, loss_fn), muted(trainer, module), precision, dtype:
             if loss_fn is not None:
                 return loss_fn(module, batch)
             step: Callable[..., Any] = module.training_step  # type: ignore[assignment]
@@ -437,6 +440,25 @@ def _manual_loss(trainer: Trainer, module: nn.Module, index: int, step: Callable
 
 
 @contextmanager
+def _kept(trainer: Trainer, loss_fn: object) -> Iterator[None]:
+    """Put back what an evaluation of the loss changes beside the module.
+
+    Callbacks of the user's own, in which a training step may count or remember, and the variables around a
+    loss function.
+    """
+    callbacks = [
+        vars(callback)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if not type(callback).__module__.startswith(_FRAMEWORKS)
+    ]
+    restore = capture(*callbacks, loss_fn)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
 def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
     """Close every usual way in which a training step logs or prints."""
     with ExitStack() as stack:
@@ -444,7 +466,7 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
             stack.enter_context(shadowed(module, name, nothing))
         stack.enter_context(silenced())
         # A step may ask the trainer to stop, step a schedule or set a rate.
-        stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
+        stack.enter_context(unchanged(trainer))
         for configured in trainer.lr_scheduler_configs:
             stack.enter_context(shadowed(configured.scheduler, "step", nothing))
         for optimizer in trainer.optimizers:
@@ -452,7 +474,6 @@ def muted(trainer: Trainer, module: nn.Module) -> Iterator[None]:
                 stack.callback(group.update, dict(group))
         dummies = importlib.import_module(f"{_package(trainer)}.loggers.logger")
         loggers = trainer.loggers
-        stack.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [dummies.DummyLogger() for _ in loggers]
         writers = [writer for lg in loggers if (writer := getattr(lg, "_experiment", None)) is not None]
         for name, value in list(vars(module).items()):

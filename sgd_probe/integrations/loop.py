@@ -52,8 +52,8 @@ class LoopProbe:
         model: what is trained; nothing of it is ever changed.
         optimizer: what moves its weights (a wrapper of Accelerate's will do).
         loss_fn: (model, batch) -> loss, a scalar tensor: what the loop goes backward from. It is called for
-            batches that were trained on, more than once; all that it changes on the model and in the
-            variables around it is put back, globals are not.
+            batches that were trained on, more than once; all that it changes on the model, in the
+            variables around it and in globals of your own files is put back.
         planned_steps: optimizer steps of the whole run, those before ``first_step`` included; what the
             probe may cost is a share of them. ``math.inf`` where nobody knows.
         loader: where batches come from; needed only where they are handed over by :meth:`batch`.

@@ -43,5 +43,18 @@ def shadowed(owner: Any, name: str, value: Any) -> Iterator[None]:
             own[name] = before
 
 
+@contextmanager
+def unchanged(owner: Any) -> Iterator[None]:
+    """Bind the attributes of a plain object to what they were."""
+    own = vars(owner)
+    before = dict(own)
+    try:
+        yield
+    finally:
+        if own.keys() != before.keys() or any(own[name] is not value for name, value in before.items()):
+            own.clear()
+            own.update(before)
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """Do nothing."""

@@ -208,6 +208,7 @@ def test_what_cannot_be_copied_is_refused_by_name() -> None:
         ("text", 1),
         (None, 1),
         ([], 1),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), 2),
     ],
 )
 def test_number_of_samples(batch: Any, samples: int) -> None:

@@ -54,6 +54,9 @@ ACCEPTED: dict[str, Case] = {
     "embedding below its max_norm": (lambda: ob.Shortened(100.0), ob.cross_entropy),
     "embedding with a padding row": (lambda: ob.Tokens(nn.Tanh(), padding_idx=2), ob.cross_entropy),
     "output in float32": (lambda: ob.mlp(nn.Tanh()), ob.narrow_output),
+    "constant": (lambda: ob.mlp(nn.Tanh()), ob.class_weights),
+    "new constant": (lambda: ob.mlp(nn.Tanh()), ob.new_class_weights),
+    "new noise": (lambda: ob.mlp(nn.Tanh()), ob.new_noise),
     "label smoothing": (lambda: ob.mlp(nn.Tanh()), ob.label_smoothing),
     "weight decay in the loss": (lambda: ob.mlp(nn.Tanh()), ob.weight_decay),
     "own function": (lambda: ob.applied(ob.TwiceDifferentiable), ob.cross_entropy),
@@ -119,8 +122,7 @@ UNVERIFIED: dict[str, tuple[Callable[[], nn.Module], LossFunction, str]] = {
         ob.cross_entropy,
         "NotImplementedError: the kernel takes float32",
     ),
-    "constant": (lambda: ob.mlp(nn.Tanh()), ob.class_weights, "RuntimeError: expected scalar type Double"),
-    "narrowed by a constant": (
+    "narrowed": (
         lambda: ob.mlp(nn.Tanh()),
         ob.narrowed_output,
         "a part of the loss is computed in torch.float32",

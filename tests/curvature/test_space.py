@@ -84,6 +84,13 @@ def test_mixed_precision_is_refused_and_a_part_of_one_precision_is_not() -> None
     assert ParameterSpace.of(module, "head.*").dtype == torch.float64
 
 
+def test_parameters_without_a_shape_and_complex_ones_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"found weight without a shape: run a batch through lazy"):
+        ParameterSpace.of(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"real parameters, found weight complex.*view_as_complex"):
+        ParameterSpace.of(nn.Linear(2, 2, dtype=torch.complex64))
+
+
 def test_flatten_and_split_are_inverse() -> None:
     space = ParameterSpace.of(Network())
     tensors = [torch.randn(parameter.shape) for parameter in space.parameters]

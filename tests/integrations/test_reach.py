@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, default_collate
@@ -19,7 +21,7 @@ from sgd_probe import SGDProbe, Verdict
 from tests.integrations.harness import RecordingDataset, fit, loader, mlp
 from tests.integrations.test_callback import Tiny, data, quick_probe, run
 
-Deed = Callable[[Any, Tensor], Tensor]
+Deed = Callable[[Any, Tensor], Any]
 
 
 def module_with(deed: Deed, **attributes: Any) -> Callable[[Any], Any]:
@@ -35,7 +37,7 @@ def module_with(deed: Deed, **attributes: Any) -> Callable[[Any], Any]:
                 for name, value in attributes.items():
                     setattr(self, name, copy.copy(value))
 
-            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
                 loss: Tensor = nn.functional.cross_entropy(self.layer(batch[0]), batch[1])
                 return deed(self, loss)
 
@@ -70,18 +72,59 @@ def append_bytes(self: Any, loss: Tensor) -> Tensor:
     return loss * (1 + 1e-4 * len(self.trace))
 
 
+CALLS = 0
+SEEN: list[float] = []
+NOISE = np.random.default_rng(0)
+
+
+def jitter() -> float:
+    """A helper, as people have them at the top of their file, beside its generator."""
+    SEEN.append(float(NOISE.normal()))
+    return 1 + 1e-3 * SEEN[-1]
+
+
+def keep_globals(self: Any, loss: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return loss * jitter() * (1 + 1e-4 * CALLS)
+
+
+class Counter(pl.Callback):
+    calls = 0
+
+
+def count_elsewhere(self: Any, loss: Tensor) -> Any:
+    """On a callback, and on the trainer itself."""
+    (counter,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Counter))
+    counter.calls += 1
+    self.trainer.calls = getattr(self.trainer, "calls", 0) + 1
+    return loss * (1 + 1e-4 * counter.calls + 1e-5 * self.trainer.calls)
+
+
 @pytest.mark.parametrize(
     ("deed", "attributes"),
-    [(stop_at, {}), (decay_rate, {}), (count_on_class, {}), (append_bytes, {"trace": bytearray()})],
+    [
+        (stop_at, {}),
+        (decay_rate, {}),
+        (count_on_class, {}),
+        (append_bytes, {"trace": bytearray()}),
+        (keep_globals, {}),
+        (count_elsewhere, {}),
+    ],
 )
-def test_it_is_done_once_only(deed: Deed, attributes: dict[str, Any], tmp_path: Path) -> None:
-    make = module_with(deed, **attributes)
-    without, trainer = fit("pytorch_lightning", make, data, [], tmp_path / "a")
+def test_it_is_done_once_only(
+    deed: Deed, attributes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, found, rates = module_with(deed, **attributes), [], []
     probe = quick_probe(strict=True)
-    with_probe, probed = fit("pytorch_lightning", make, data, [probe], tmp_path / "b")
+    for name, probes in (("without", []), ("with", [probe])):
+        for attribute, fresh in (("CALLS", 0), ("SEEN", []), ("NOISE", np.random.default_rng(0))):
+            monkeypatch.setitem(globals(), attribute, fresh)
+        fingerprint, trainer = fit("pytorch_lightning", make, data, [Counter(), *probes], tmp_path / name)
+        found.append(fingerprint)
+        rates.append([trainer.optimizers[0].param_groups[0]["lr"], CALLS, list(SEEN)])
     assert probe.results
-    without.assert_equal(with_probe)
-    rates = [t.optimizers[0].param_groups[0]["lr"] for t in (trainer, probed)]
+    found[0].assert_equal(found[1])
     assert rates[0] == rates[1]
 
 
@@ -174,8 +217,6 @@ def test_a_stream_of_unknown_length_gets_windows(tmp_path: Path) -> None:
             for _ in range(16 * 100):
                 yield torch.randn(6, generator=generator), torch.randint(4, (), generator=generator)
 
-    import pytorch_lightning as pl
-
     probe = quick_probe(strict=True)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -231,6 +272,52 @@ def test_a_hook_of_the_users_that_zeroes_gradients_comes_after_ours(tmp_path: Pa
     probe = quick_probe(strict=True)
     run(Zeroing(), probe, tmp_path)
     assert probe.results[0].skipped_steps == 0
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Steps by another optimizer, and never calls the constructor of torch."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
+        self.defaults = inner.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_without_hooks_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Averaged(Tiny):
+        def configure_optimizers(self) -> Any:
+            return Wrapping(torch.optim.SGD(self.parameters(), lr=0.05))
+
+    probe = quick_probe()
+    assert run(Averaged(), probe, tmp_path, steps=20).global_step == 20
+    assert probe.results == []
+    assert "found a Wrapping without step hooks" in caplog.text
+
+
+def test_an_optimizer_that_is_replaced_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Restarting(Tiny):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 70:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    probe = quick_probe()
+    run(Restarting(), probe, tmp_path)
+    assert len(probe.results) == 1
+    assert caplog.text.count("told nothing") == 1
+
+
+def test_a_module_without_an_optimizer_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Still(Tiny):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    run(Still(), quick_probe(strict=True), tmp_path)
+    assert "the optimizer moves no weights" in caplog.text
 
 
 def test_curvature_sets_that_must_overlap_say_so(tmp_path: Path) -> None:
