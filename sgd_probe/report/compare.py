@@ -184,7 +184,7 @@ _FACTS: tuple[tuple[str, Callable[[RunFolder, WindowResult], str]], ...] = (
     ("Largest curvature", lambda run, last: number(last.curvature.lambda_max)),
     ("Of the stability limit", lambda run, last: share(last.curvature.lambda_max / last.stability_limit)),
     (
-        "Pooled D of flat directions over that of their noise",
+        "D over that of noise alone, pooled",
         lambda run, last: interval(last.pooled_diffusion),
     ),
     ("Samples behind the curvature", lambda run, last: f"{last.curvature.samples_found:,}"),

@@ -40,6 +40,7 @@ const measure = () => parent.postMessage({
     .map((svg) => svg.closest(".plot").dataset.figure),
   pale: texts().filter((element) => contrast(element) < 4.5).map(start),
   unfocused: all("a, summary, [tabindex='0']").filter((element) => !showsFocus(element)).map(start),
+  covered: all("tbody th").filter((header) => header.offsetWidth > 0.6 * innerWidth).map(start),
   owned: all(".owned").map(start),
   title: document.title,
   buttons: all(".modebar-btn").map((button) => button.dataset.title),

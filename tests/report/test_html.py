@@ -357,6 +357,7 @@ def test_a_browser_draws_every_figure_at_both_widths_without_errors(tmp_path: Pa
         assert measured["figures"] == measured["drawn"] == figures, frame
         assert measured["clipped"] == [], "figures that reach beyond the page"
         assert measured["hidden"] == 0
+        assert measured["covered"] == [], "a header that leaves no room for what it heads"
         assert measured["owned"] == [], "words of a run that became markup"
         assert measured["pale"] == [], "text that is hard to tell from its background"
         assert measured["unfocused"] == [], "what has the keyboard's focus does not show it"
