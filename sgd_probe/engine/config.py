@@ -53,6 +53,8 @@ class ProbeConfig:
             "auto" takes half of the free memory.
         max_vector_bytes: directions of a window are stored in the run folder up to this size.
         save_vectors: store them at all.
+        log_directions: log the flagged directions of all windows to W&B too, as one artifact when the fit
+            has ended; those that are stored.
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -81,6 +83,7 @@ class ProbeConfig:
     max_basis_bytes: int | Literal["auto"] = "auto"
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
+    log_directions: bool = False
     checkpoint_window: bool = False
 
     def __post_init__(self) -> None:
@@ -141,5 +144,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_basis_bytes", _or("auto", _integer(1)), '"auto" or a number of bytes'),
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
+    ("log_directions", lambda v: isinstance(v, bool), "True or False"),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
 )

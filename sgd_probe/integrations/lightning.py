@@ -22,6 +22,8 @@ from sgd_probe.engine import (
     duration,
     read_sampling,
 )
+from sgd_probe.flags import Flag
+from sgd_probe.integrations.flagging import Flagging, OnFlag
 from sgd_probe.integrations.lightning_compat import (
     Callback,
     DrawnBatches,
@@ -53,7 +55,7 @@ from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
 from sgd_probe.sinks.folder import RUN_FILE, FolderSink, fresh_folder
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
-from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
+from sgd_probe.sinks.wandb import WandbRun, find_wandb_logger, wandb_sinks
 
 log = logging.getLogger("sgd_probe")
 
@@ -110,6 +112,8 @@ class SGDProbe(Callback):
         max_basis_bytes: memory for the eigensolver's vectors, or "auto".
         run_dir: folder of the local results; by default ``sgd_probe_run`` in the trainer's log
             directory. A folder that holds a run already is left alone and a numbered one taken.
+        on_flag: called with a :class:`~sgd_probe.flags.Flag` when a valley begins to diffuse: between two
+            steps, after the results are written, on every process.
         name: prefix of every metric; give each probe of a trainer its own.
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
         optimizer: under manual optimisation, the one whose loss and weights are probed, counted from 0
@@ -136,6 +140,7 @@ class SGDProbe(Callback):
         curvature_batches: int | Literal["auto"] | None = None,
         max_basis_bytes: int | Literal["auto"] | None = None,
         run_dir: str | Path | None = None,
+        on_flag: OnFlag | None = None,
         name: str = "sgd_probe",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         optimizer: int = 0,
@@ -162,8 +167,11 @@ class SGDProbe(Callback):
             )
         if run_dir is not None and not isinstance(run_dir, str | Path):
             raise MisconfigurationException(f"SGDProbe: expected `run_dir` to be a path, found {run_dir!r}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise MisconfigurationException(f"SGDProbe: expected `loss_fn` to be callable, found {loss_fn!r}")
+        for argument, value in (("loss_fn", loss_fn), ("on_flag", on_flag)):
+            if value is not None and not callable(value):
+                raise MisconfigurationException(
+                    f"SGDProbe: expected `{argument}` to be callable, found {value!r}"
+                )
         if not isinstance(optimizer, int) or isinstance(optimizer, bool) or optimizer < 0:
             raise MisconfigurationException(
                 f"SGDProbe: expected `optimizer` to be an integer of at least 0, found {optimizer!r}"
@@ -173,8 +181,10 @@ class SGDProbe(Callback):
         self._params = params
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._loss_fn = loss_fn
+        self._on_flag = on_flag
         self._optimizer = optimizer
         self._strict = strict
+        self._flagging = self._no_flags()
         self._on = False
         self._engine: ProbeEngine | None = None
         self._sinks = SinkGroup([])
@@ -192,6 +202,16 @@ class SGDProbe(Callback):
         self._stepped = 1  # of the probed optimizer, on the last batch
 
     @property
+    def flags(self) -> list[Flag]:
+        """The flags of this fit's windows: the directions that were found diffusing along a valley."""
+        return self._flagging.flags
+
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """The flagged directions of the last window by mode name: unit vectors, shape (parameters,)."""
+        return self._flagging.basis
+
+    @property
     def state_key(self) -> str:
         """Checkpoints tell probes apart by their name."""
         return f"SGDProbe{{'name': {self.name!r}}}"
@@ -200,6 +220,7 @@ class SGDProbe(Callback):
         """Look at the training, and stand aside from one that cannot be probed."""
         self._switch_off()
         self.results, self._last_state = [], {}
+        self._flagging = self._no_flags()
         # Published even where the probe stands aside: a monitor whose key is missing would raise.
         self._metrics = CallbackMetricsSink(trainer)
         self._metrics.publish(verdict_counts({}, self.name))
@@ -238,6 +259,9 @@ class SGDProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit begins."""
         self._restored = dict(state_dict)
+
+    def _no_flags(self) -> Flagging:
+        return Flagging(self._on_flag, strict=self._strict, max_bytes=self.config.max_vector_bytes)
 
     def _name_taken(self, trainer: Trainer) -> str:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -435,6 +459,7 @@ class SGDProbe(Callback):
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
         self._sinks.write(result, named_vectors(self.config, result, vectors))
+        self._flagging.take(result, vectors, functools.partial(announce, trainer))
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
@@ -472,7 +497,7 @@ class SGDProbe(Callback):
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:
-            sinks.append(WandbSink(wandb_logger))
+            sinks += wandb_sinks(WandbRun(wandb_logger), directions=self.config.log_directions)
         return sinks
 
     def _switch_off(self) -> None:

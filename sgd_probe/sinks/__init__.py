@@ -7,7 +7,7 @@ from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors, scalars, ver
 from sgd_probe.sinks.folder import FolderSink, fresh_folder, load_vectors, read_run
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
-from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger, is_wandb_logger
+from sgd_probe.sinks.wandb import WandbRun, WandbSink, find_wandb_logger, is_wandb_logger, wandb_sinks
 
 __all__ = [
     "CallbackMetricsSink",
@@ -17,6 +17,7 @@ __all__ = [
     "Sink",
     "SinkGroup",
     "Vectors",
+    "WandbRun",
     "WandbSink",
     "find_wandb_logger",
     "fresh_folder",
@@ -25,4 +26,5 @@ __all__ = [
     "read_run",
     "scalars",
     "verdict_counts",
+    "wandb_sinks",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import wandb
 
-from sgd_probe.sinks import RunInfo, SinkGroup, WandbSink, find_wandb_logger, scalars
+from sgd_probe.sinks import RunInfo, SinkGroup, WandbRun, WandbSink, find_wandb_logger, scalars
 from tests.helpers.wandb_file import WandbFile, read_wandb_file
 from tests.sinks.conftest import MakeWindow, make_loader, make_module, make_trainer, make_window, warnings_of
 
@@ -40,7 +40,7 @@ def run_file(
 
     class Writer(pl.Callback):  # type: ignore[misc]
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.sink = WandbSink(find_wandb_logger(trainer.loggers))
+            self.sink = WandbSink(WandbRun(find_wandb_logger(trainer.loggers)))
             self.sink.start(run_info)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
@@ -122,7 +122,7 @@ def test_a_run_that_cannot_log_is_warned_of_once(
         raise wandb.Error("the server is gone")
 
     logger = WandbLogger(save_dir=tmp_path, settings=quiet_settings())
-    group = SinkGroup([WandbSink(logger)])
+    group = SinkGroup([WandbSink(WandbRun(logger))])
     group.start(run_info)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "sgd_probe"):
         patch.setattr(logger.experiment, "log", unreachable)
@@ -142,7 +142,7 @@ def test_other_ranks_do_nothing(
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    sink = WandbSink(pl.loggers.WandbLogger(save_dir=tmp_path))
+    sink = WandbSink(WandbRun(pl.loggers.WandbLogger(save_dir=tmp_path)))
     sink.start(run_info)
     sink.write(window(), {})
     sink.finish()
