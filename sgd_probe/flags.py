@@ -108,12 +108,15 @@ def onset_message(flags: Sequence[Flag]) -> str:
 def cosine_bound(p: Mapping[str, float], q: Mapping[str, float]) -> float:
     """Most that the cosine between two unit directions can be, given their layer shares.
 
-    Only the largest shares may be known: whatever one of the two does not name counts as one layer more,
-    which can only raise the bound.
+    Only the largest shares may be known. What is left of one direction may lie in layers that the other
+    names, or in others; the bound allows for both.
     """
-    named = p.keys() & q.keys()
-    rest = [max(1 - sum(shares[name] for name in named), 0.0) for shares in (p, q)]
-    return sum(math.sqrt(p[name] * q[name]) for name in named) + math.sqrt(rest[0] * rest[1])
+    common = p.keys() & q.keys()
+    rest_p, rest_q = (max(1 - sum(shares.values()), 0.0) for shares in (p, q))
+    only_p, only_q = (sum(s[n] for n in s.keys() - common) for s in (p, q))
+    bound = sum(math.sqrt(p[name] * q[name]) for name in common)
+    bound += math.sqrt(only_p * rest_q) + math.sqrt(rest_p * only_q) + math.sqrt(rest_p * rest_q)
+    return min(bound, 1.0)
 
 
 def _flag(result: WindowResult, mode: ModeResult, before: Sequence[Flag]) -> Flag:

@@ -32,27 +32,34 @@ class Flagging:
     def __init__(self, on_flag: OnFlag | None, *, strict: bool, max_bytes: int) -> None:
         self.flags: list[Flag] = []
         self.basis: dict[str, Tensor] = {}
+        self._raised: tuple[Flag, ...] = ()
         self._on_flag = on_flag
         self._strict = strict
         self._max_bytes = max_bytes
 
-    def take(self, result: WindowResult, vectors: Tensor, announce: Callable[[str], None]) -> None:
-        """Look at a window that has closed.
+    def take(self, result: WindowResult, vectors: Tensor) -> None:
+        """Keep the flags of a window that has closed.
 
         Args:
             result: the window's.
             vectors: its directions, rows in the order of its modes.
+        """
+        self._raised = raise_flags(result, self.flags)
+        self.flags += self._raised
+        self.basis = self._kept(result, vectors, self._raised)
+
+    def tell(self, announce: Callable[[str], None]) -> None:
+        """Say which of them are onsets, and hand those over.
+
+        Args:
             announce: shows a message to the user.
         """
-        raised = raise_flags(result, self.flags)
-        self.flags += raised
-        self.basis = self._kept(result, vectors, raised)
-        text = onset_message(raised)
+        text = onset_message(self._raised)
         if text:
             announce(f"sgd_probe: {text}")
-        for flag in raised:
+        for flag in self._raised:
             if flag.is_onset:
-                self._tell(flag)
+                self._hand_over(flag)
 
     def _kept(self, result: WindowResult, vectors: Tensor, raised: tuple[Flag, ...]) -> dict[str, Tensor]:
         if 4 * vectors.shape[1] * len(raised) > self._max_bytes:
@@ -61,7 +68,7 @@ class Flagging:
         # Clones: a row of the basis would keep all of it.
         return {flag.mode: rows[flag.mode].detach().float().cpu().clone() for flag in raised}
 
-    def _tell(self, flag: Flag) -> None:
+    def _hand_over(self, flag: Flag) -> None:
         if self._on_flag is None:
             return
         try:

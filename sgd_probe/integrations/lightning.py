@@ -458,8 +458,9 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
+        self._flagging.take(result, vectors)
         self._sinks.write(result, named_vectors(self.config, result, vectors))
-        self._flagging.take(result, vectors, functools.partial(announce, trainer))
+        self._flagging.tell(functools.partial(announce, trainer))
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None

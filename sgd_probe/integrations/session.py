@@ -269,8 +269,9 @@ class ProbeSession:
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._host.announce(f"sgd_probe: {one_line(result)}")
+        self.flagging.take(result, vectors)
         self._sinks.write(result, named_vectors(self._config, result, vectors))
-        self.flagging.take(result, vectors, self._host.announce)
+        self.flagging.tell(self._host.announce)
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))

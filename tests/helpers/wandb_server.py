@@ -1,7 +1,7 @@
 """A W&B server on the loopback interface that keeps what a real client sends it.
 
-It answers what the client asks while a run logs: GraphQL, the file stream, uploads. It can be shut down and
-slowed down at any time. Nothing but 127.0.0.1 is ever asked.
+It answers what the client asks while a run logs: GraphQL, the file stream, uploads. It can be shut down, come
+back at the same address, and be slowed down at any time. Nothing but 127.0.0.1 is ever asked.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import gzip
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import wandb
 
 ENTITY = "someone"
 #: What the client takes for a key.
@@ -35,7 +37,7 @@ class WandbServer:
         alerts: what was sent, in order.
         artifacts: name and type of each, with the files of those that were uploaded.
         views: saved workspaces.
-        delay: seconds before each answer.
+        delay: seconds before each answer; those that are waiting notice when it is changed.
         requests: number of them so far.
         unknown: GraphQL operations that nobody has taught it.
     """
@@ -51,7 +53,44 @@ class WandbServer:
     delay: float = 0.0
     requests: int = 0
     unknown: list[str] = field(default_factory=list)
-    stop: Callable[[], None] = lambda: None
+
+    def __post_init__(self) -> None:
+        self._http: ThreadingHTTPServer | None = None
+        self._port = 0
+
+    def start(self) -> None:
+        """Listen, at the address of the first time."""
+        http = _http(self, self._port)
+        self._http, self._port = http, http.server_address[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def stop(self) -> None:
+        """Hang up: connections are refused from now on."""
+        http, self._http = self._http, None
+        if http is not None:
+            http.shutdown()
+            http.server_close()
+
+    def settings(self, **changes: Any) -> wandb.Settings:
+        """Of a run that logs here, quietly, and tries again soon."""
+        return wandb.Settings(
+            mode="online",
+            base_url=self.url,
+            api_key=API_KEY,
+            console="off",
+            x_disable_stats=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            disable_git=True,
+            disable_code=True,
+            init_timeout=30,
+            silent=True,
+            x_file_stream_retry_wait_max_seconds=1,
+            x_file_transfer_retry_wait_max_seconds=1,
+            x_graphql_retry_wait_max_seconds=1,
+            **changes,
+        )
 
     def answer(self, operation: str, query: str, asked: dict[str, Any]) -> dict[str, Any]:
         """The ``data`` of a GraphQL answer."""
@@ -123,16 +162,25 @@ class WandbServer:
         return [{"node": node} for node in nodes]
 
     def stream(self, files: dict[str, Any]) -> None:
-        """Take lines of the file stream."""
-        for line in files.get("wandb-history.jsonl", {}).get("content", []):
-            self.history.append(json.loads(line))
+        """Take lines of the file stream; those that are sent again replace what was there."""
+        chunk = files.get("wandb-history.jsonl")
+        if chunk is not None:
+            rows = [json.loads(line) for line in chunk["content"]]
+            self.history[chunk["offset"] : chunk["offset"] + len(rows)] = rows
 
 
 @contextmanager
 def wandb_server() -> Iterator[WandbServer]:
     """A server in a thread of its own."""
     server = WandbServer()
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
+
+def _http(server: WandbServer, port: int) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -142,7 +190,9 @@ def wandb_server() -> Iterator[WandbServer]:
         def _handle(self) -> None:
             body = self._body()
             server.requests += 1
-            time.sleep(server.delay)
+            begun = time.monotonic()
+            while time.monotonic() < begun + server.delay:  # until it is told to hurry
+                time.sleep(0.02)
             answer: dict[str, Any] = {}
             if self.path == "/graphql":
                 asked = json.loads(body)
@@ -179,19 +229,4 @@ def wandb_server() -> Iterator[WandbServer]:
         def handle_error(self, *_: Any) -> None:
             pass  # the client hangs up when it has heard enough
 
-    http = Quiet(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{http.server_address[1]}"
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        http.shutdown()
-        http.server_close()
-
-    server.stop = stop
-    try:
-        yield server
-    finally:
-        if thread.is_alive():
-            stop()
-        thread.join()
+    return Quiet(("127.0.0.1", port), Handler)
