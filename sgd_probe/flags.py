@@ -101,7 +101,8 @@ def onset_message(flags: Sequence[Flag]) -> str:
         return ""
     lines = [f"window {new[0].window}, from step {new[0].onset_step:,}: the weights wander along a valley."]
     lines += [f"{flag}." for flag in new]
-    lines.append(f"Of this window's flags {new[0].expected_false_flags:.1f} are expected to be wrong.")
+    if math.isfinite(new[0].expected_false_flags):
+        lines.append(f"Of this window's flags {new[0].expected_false_flags:.1f} are expected to be wrong.")
     return " ".join(lines)
 
 

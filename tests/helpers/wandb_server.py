@@ -38,6 +38,7 @@ class WandbServer:
         artifacts: name and type of each, with the files of those that were uploaded.
         views: saved workspaces.
         delay: seconds before each answer; those that are waiting notice when it is changed.
+        status: of each answer; from 400 on it refuses.
         requests: number of them so far.
         unknown: GraphQL operations that nobody has taught it.
     """
@@ -51,6 +52,7 @@ class WandbServer:
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
     delay: float = 0.0
+    status: int = 200
     requests: int = 0
     unknown: list[str] = field(default_factory=list)
 
@@ -194,7 +196,9 @@ def _http(server: WandbServer, port: int) -> ThreadingHTTPServer:
             while time.monotonic() < begun + server.delay:  # until it is told to hurry
                 time.sleep(0.02)
             answer: dict[str, Any] = {}
-            if self.path == "/graphql":
+            if server.status != 200:
+                answer = {"errors": [{"message": "permission denied"}]}
+            elif self.path == "/graphql":
                 asked = json.loads(body)
                 query = asked["query"]
                 operation = asked.get("operationName") or query.split("(")[0].split("{")[0].split()[-1]
@@ -204,7 +208,7 @@ def _http(server: WandbServer, port: int) -> ThreadingHTTPServer:
             elif self.path.startswith("/upload/"):
                 server.files[self.path.removeprefix("/upload/")] = body
             data = json.dumps(answer).encode()
-            self.send_response(200)
+            self.send_response(server.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -248,12 +248,17 @@ def test_a_server_that_dies_holds_nothing_up_and_loses_nothing(
     assert len(server.alerts) == 1
 
 
-def test_a_slow_server_holds_nothing_up(
-    server: WandbServer, run_info: RunInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fault", [{"delay": SLOW}, {"status": 403}])
+def test_a_server_that_is_slow_or_refuses_holds_nothing_up(
+    server: WandbServer,
+    run_info: RunInfo,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    fault: dict[str, Any],
 ) -> None:
     run = wandb.init(project="p", dir=tmp_path, settings=server.settings())
     sinks = SinkGroup(impatient(run))
-    server.delay = SLOW
+    vars(server).update(fault)
     with caplog.at_level(logging.WARNING, "sgd_probe"):
         sinks.start(run_info)
         taken = write_all(sinks, run)
@@ -265,7 +270,8 @@ def test_a_slow_server_holds_nothing_up(
     assert len(warnings_of(caplog)) == 1
     server.delay = 0
     run.finish()
-    assert sum("sgd_probe/lambda_max" in row for row in server.history) == 6
+    if "delay" in fault:
+        assert sum("sgd_probe/lambda_max" in row for row in server.history) == 6
 
 
 def trained(pl: Any, callbacks: list[Any], logger: Any) -> dict[str, torch.Tensor]:
