@@ -15,7 +15,7 @@ import logging
 import math
 import statistics
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import t
@@ -92,7 +92,7 @@ def score(model: nn.Module, images: Tensor, labels: Tensor) -> Score:
     )
 
 
-def train(seed: int, steps: int) -> tuple[dict[str, Score], list[WindowResult], int]:
+def train(seed: int, steps: int, momentum: float) -> tuple[dict[str, Score], list[WindowResult], int]:
     """Scores by what is scored, the windows, and how many steps the recipe's average holds."""
     torch.manual_seed(seed)
     digits = load_digits()
@@ -105,7 +105,7 @@ def train(seed: int, steps: int) -> tuple[dict[str, Score], list[WindowResult], 
     loader = DataLoader(data, BATCH_SIZE, sampler=sampler)
     model = network()
     optimizer = torch.optim.SGD(
-        model.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        model.parameters(), LEARNING_RATE, momentum=momentum, weight_decay=WEIGHT_DECAY
     )
     recipe = FlaggedAverage(model)
     fixed: dict[str, AveragedModel] = {}
@@ -149,10 +149,21 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
 
 
+def _finite(value: Any) -> Any:
+    """Strict JSON: of a single seed there is no interval."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=8, help="trainings (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="of each (%(default)s)")
+    parser.add_argument(
+        "--momentum",
+        type=float,
+        default=MOMENTUM,
+        help="0: a run that still learns when it ends (%(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="two short trainings")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
@@ -162,7 +173,7 @@ def main() -> int:
 
     runs: list[dict[str, Score]] = []
     for seed in range(seeds):
-        scores, results, held = train(seed, steps)
+        scores, results, held = train(seed, steps, options.momentum)
         runs.append(scores)
         flags = len(find_flags(results))
         print(
@@ -191,7 +202,7 @@ def main() -> int:
         print(f"  recipe against {name}: {change:+.4f} ± {half:.4f}")
         summary[f"recipe against {name}"] = [change, half]
     if options.json:
-        print(json.dumps(summary))
+        print(json.dumps(_finite(summary)))
     return 0
 
 

@@ -341,7 +341,7 @@ class Stub:
 
 
 def test_figures_keep_to_their_share_of_the_time(run_info: RunInfo) -> None:
-    """A set takes one second on this clock, so that the next may come after 333 more."""
+    """A set takes one second on this clock, so that the next may come after 500 more."""
     now = [0.0]
 
     def clock() -> float:
@@ -352,14 +352,14 @@ def test_figures_keep_to_their_share_of_the_time(run_info: RunInfo) -> None:
     sink = WandbFigures(as_logger(stub), clock)
     sink.start(run_info)
     shown = []
-    for index in range(50):
+    for index in range(60):
         now[0] = 20.0 * index
         sink.write(make_window(index), {})
         shown.append(len(stub.rows))
-    assert [index for index in range(50) if shown[index] > [0, *shown][index]] == [0, 17, 34]
+    assert [index for index in range(60) if shown[index] > [0, *shown][index]] == [0, 26, 52]
     sink.finish()
     sink.finish()
-    assert [row[STEP] for row in stub.rows] == [make_window(i).closed_at_step - 1 for i in (0, 17, 34, 49)]
+    assert [row[STEP] for row in stub.rows] == [make_window(i).closed_at_step - 1 for i in (0, 26, 52, 59)]
 
 
 def test_alerts_that_come_too_soon_are_told_together(run_info: RunInfo) -> None:
