@@ -54,13 +54,13 @@ def timed_demo(quick: bool, folder: str) -> tuple[list[WindowResult], dict[str, 
 
     class Group(SinkGroup):
         def __init__(self, sinks: Sequence[Sink], strict: bool = False) -> None:
-            super().__init__([Timed(sink, seconds) for sink in sinks], strict)  # type: ignore[misc]
+            super().__init__([Timed(sink, seconds) for sink in sinks], strict)
 
         def write(self, result: WindowResult, vectors: Any) -> None:
             super().write(result, vectors)
             results.append(result)
 
-    lightning.SinkGroup = Group  # type: ignore[misc]
+    lightning.SinkGroup = Group
     code = demo.main(["--output", str(Path(folder) / "demo"), *(["--quick"] if quick else [])])
     if code or not results:
         raise SystemExit("expected the demo to give windows, found none")

@@ -33,6 +33,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "max_vector_bytes": (-1, 1e9, None, "auto"),
     "max_basis_bytes": (0, -1, 1e9, None, "1 GB"),
     "save_vectors": (1, 0, None, "yes"),
+    "log_directions": (1, 0, None, "yes"),
     "checkpoint_window": (1, 0, None, "always"),
 }
 GOOD: dict[str, tuple[Any, ...]] = {
@@ -56,6 +57,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "max_vector_bytes": (0, 2**20),
     "max_basis_bytes": ("auto", 1, 2**30),
     "save_vectors": (True, False),
+    "log_directions": (True, False),
     "checkpoint_window": (True, False),
 }
 

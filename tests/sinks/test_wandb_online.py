@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -275,12 +276,15 @@ def test_a_server_that_is_slow_or_refuses_holds_nothing_up(
 
 
 def trained(pl: Any, callbacks: list[Any], logger: Any) -> dict[str, torch.Tensor]:
-    """The weights, and the random numbers, after a fit."""
+    """The weights, and the next random numbers, after a fit."""
+    random.seed(0)
+    np.random.seed(0)
     module = make_module(pl)
     make_trainer(pl, logger=logger, callbacks=callbacks, max_steps=150, max_epochs=-1).fit(
         module, make_loader(40)
     )
-    return {**module.state_dict(), "random numbers": torch.get_rng_state()}
+    drawn = torch.tensor([random.random(), np.random.random()], dtype=torch.float64)
+    return {**module.state_dict(), "torch": torch.get_rng_state(), "python and numpy": drawn}
 
 
 def quick_probe(folder: Path) -> SGDProbe:
