@@ -95,7 +95,7 @@ def find_flags(results: Iterable[WindowResult]) -> tuple[Flag, ...]:
 
 
 def onset_message(flags: Sequence[Flag]) -> str:
-    """What to tell of the flags of one window that are onsets; "" where there are none."""
+    """What to tell of the flags of one window that are onsets, a line each; "" where there are none."""
     new = [flag for flag in flags if flag.is_onset]
     if not new:
         return ""
@@ -103,7 +103,7 @@ def onset_message(flags: Sequence[Flag]) -> str:
     lines += [f"{flag}." for flag in new]
     if math.isfinite(new[0].expected_false_flags):
         lines.append(f"Of this window's flags {new[0].expected_false_flags:.1f} are expected to be wrong.")
-    return " ".join(lines)
+    return "\n  ".join(lines)
 
 
 def cosine_bound(p: Mapping[str, float], q: Mapping[str, float]) -> float:
