@@ -79,7 +79,8 @@ def run_file(
 
 
 def quiet_settings() -> wandb.Settings:
-    return wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off")
+    # The mode, too: W&B reads its environment once in a process, perhaps in an earlier module's tests.
+    return wandb.Settings(mode="offline", x_disable_stats=True, x_disable_meta=True, console="off")
 
 
 def our_rows(run_file: WandbFile) -> list[dict[str, Any]]:
