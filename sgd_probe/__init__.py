@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sgd_probe.engine.config import ProbeConfig
+    from sgd_probe.flags import Flag, find_flags
     from sgd_probe.integrations.lightning import SGDProbe
     from sgd_probe.integrations.loop import LoopProbe
     from sgd_probe.result import (
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
         Verdict,
         WindowResult,
     )
+    from sgd_probe.sinks.wandb.workspace import wandb_workspace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CostResult",
     "CurvatureResult",
+    "Flag",
     "Interval",
     "LagPoint",
     "LoopProbe",
@@ -38,12 +41,17 @@ __all__ = [
     "Verdict",
     "WindowResult",
     "__version__",
+    "find_flags",
+    "wandb_workspace",
 ]
 
 _HOMES = {
+    "Flag": "sgd_probe.flags",
     "LoopProbe": "sgd_probe.integrations.loop",
     "ProbeConfig": "sgd_probe.engine.config",
     "SGDProbe": "sgd_probe.integrations.lightning",
+    "find_flags": "sgd_probe.flags",
+    "wandb_workspace": "sgd_probe.sinks.wandb.workspace",
 }
 _HOMES |= {name: "sgd_probe.result" for name in __all__ if name not in {*_HOMES, "__version__"}}
 

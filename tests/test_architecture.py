@@ -26,14 +26,15 @@ PACKAGE = ROOT / "sgd_probe"
 # A room is a module or a folder right below the package: what it may import of ours besides itself.
 ROOMS: dict[str, set[str]] = {
     "result": set(),
+    "flags": {"result"},
     "isolation": set(),
     "theory": set(),
     "dynamics": {"theory", "result"},
     "curvature": {"isolation"},
     "engine": {"curvature", "dynamics", "theory", "result", "isolation"},
     "report": {"result"},
-    "sinks": {"result", "report"},
-    "integrations": {"engine", "sinks", "result", "isolation"},
+    "sinks": {"result", "report", "flags"},
+    "integrations": {"engine", "sinks", "result", "isolation", "flags"},
 }
 
 # The shell may import every room and the public names; nothing imports the shell, but for these lazy ways in.
@@ -43,6 +44,7 @@ WITHIN_SHELL = {("__main__", "cli"), ("cli", "demo")}
 # Who alone may import a package from elsewhere: a heavy or optional one has one door, a dangerous one none.
 DOORS: dict[str, set[str]] = {
     "wandb": {"sgd_probe.sinks.wandb"},
+    "wandb_workspaces": {"sgd_probe.sinks.wandb"},
     "plotly": {"sgd_probe.report"},
     "lightning": {"sgd_probe.integrations", "sgd_probe.demo"},
     "pytorch_lightning": {"sgd_probe.integrations", "sgd_probe.demo"},
@@ -59,10 +61,20 @@ DOORS: dict[str, set[str]] = {
 }
 
 # What `import sgd_probe` alone must not bring.
-HEAVY = {"torch", "pytorch_lightning", "lightning", "wandb", "plotly", "transformers", "pyhessian", "sklearn"}
+HEAVY = {
+    "torch",
+    "pytorch_lightning",
+    "lightning",
+    "wandb",
+    "wandb_workspaces",
+    "plotly",
+    "transformers",
+    "pyhessian",
+    "sklearn",
+}
 # What a user may not have installed. (rich and transformers cannot be hidden: Lightning and torchmetrics
 # trust their metadata and import them.)
-OPTIONAL = {"wandb", "pyhessian", "sklearn"}
+OPTIONAL = {"wandb", "wandb_workspaces", "pyhessian", "sklearn"}
 
 
 @dataclass(frozen=True)

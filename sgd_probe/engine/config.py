@@ -64,6 +64,8 @@ class ProbeConfig:
             attributes, metric states, and globals that the module's methods refer to) before and after
             all that the probe does, at every 64th observed step too; what differs is named, put back, and
             the probe is switched off. For doubts: it holds a second copy of that state and reads it twice.
+        log_directions: log the flagged directions of all windows to W&B too, as one artifact when the fit
+            has ended; those that are stored.
         checkpoint_window: store the open window (its directions, about 20 times the weights, and its
             batches) in the trainer's checkpoints, so that a resumed run goes on with it; else, and always
             on several processes, it is lost and the next one opens when it is due.
@@ -94,6 +96,7 @@ class ProbeConfig:
     max_vector_bytes: int = 64 * 2**20
     save_vectors: bool = True
     summary: Summary = "end"
+    log_directions: bool = False
     checkpoint_window: bool = False
     verify: bool = False
 
@@ -157,6 +160,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_vector_bytes", _integer(0), "a number of bytes"),
     ("save_vectors", lambda v: isinstance(v, bool), "True or False"),
     ("summary", lambda v: v in ("end", "windows", "off"), '"end", "windows" or "off"'),
+    ("log_directions", lambda v: isinstance(v, bool), "True or False"),
     ("checkpoint_window", lambda v: isinstance(v, bool), "True or False"),
     ("verify", lambda v: isinstance(v, bool), "True or False"),
 )

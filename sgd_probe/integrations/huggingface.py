@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from torch import Tensor, nn
 
 from sgd_probe.engine import CurvatureError, ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.flags import Flag
+from sgd_probe.integrations.flagging import Flagging, OnFlag
 from sgd_probe.integrations.muting import active_wandb_run, nothing, shadowed, silenced, unchanged
 from sgd_probe.integrations.session import (
     ActiveRun,
@@ -26,7 +28,7 @@ from sgd_probe.integrations.session import (
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import Sink
 from sgd_probe.sinks.folder import FolderSink
-from sgd_probe.sinks.wandb import STEP_METRIC, WandbSink
+from sgd_probe.sinks.wandb import WandbRun, wandb_sinks
 
 if TYPE_CHECKING:
 
@@ -88,6 +90,7 @@ class SGDProbeCallback(TrainerCallback):
         run_dir: folder of the local results; by default ``sgd_probe_run`` in the trainer's output folder.
             A folder that holds a run already is left alone and a numbered one taken.
         on_result: called with every result.
+        on_flag: called with a flag when a valley begins to diffuse, after the results are written.
         loss_fn: (model, inputs) -> loss, where the training step is not the loss to be probed.
         name: prefix of every metric.
         strict: raise failures instead of switching off.
@@ -95,9 +98,10 @@ class SGDProbeCallback(TrainerCallback):
 
     Attributes:
         results: the results of this training's windows.
+        flags: their flags, the directions that were found diffusing along a valley.
 
     Raises:
-        TypeError: ``loss_fn`` or ``on_result`` cannot be called.
+        TypeError: ``loss_fn``, ``on_result`` or ``on_flag`` cannot be called.
         ValueError: an argument is out of range; the message names it.
     """
 
@@ -114,6 +118,7 @@ class SGDProbeCallback(TrainerCallback):
         max_basis_bytes: int | Literal["auto"] | None = None,
         run_dir: str | Path | None = None,
         on_result: Callable[[WindowResult], object] | None = None,
+        on_flag: OnFlag | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         name: str = "sgd_probe",
         strict: bool = False,
@@ -129,20 +134,23 @@ class SGDProbeCallback(TrainerCallback):
             curvature_batches=curvature_batches,
             max_basis_bytes=max_basis_bytes,
         )
-        for argument, value in (("loss_fn", loss_fn), ("on_result", on_result)):
+        for argument, value in (("loss_fn", loss_fn), ("on_result", on_result), ("on_flag", on_flag)):
             if value is not None and not callable(value):
                 raise TypeError(f"expected `{argument}` to be callable, found {value!r}")
         if not name or not isinstance(name, str):
             raise ValueError(f"expected `name` to be a non-empty string, found {name!r}")
         self.name = name
         self.results: list[WindowResult] = []
+        self.flags: list[Flag] = []
         self._params = params
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._on_result = on_result
+        self._on_flag = on_flag
         self._loss_fn = loss_fn
         self._strict = strict
         self._trainer: Any = None
         self._session: ProbeSession | None = None
+        self._flagging: Flagging | None = None
         self._standing = ExitStack()
         self._index = 0
 
@@ -163,10 +171,15 @@ class SGDProbeCallback(TrainerCallback):
         probe._trainer = trainer
         return probe
 
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """The flagged directions of the last window by mode name: unit vectors, shape (parameters,)."""
+        return {} if self._flagging is None else self._flagging.basis
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the training, and stand aside from one that cannot be probed."""
         self._stop()
-        self.results = []
+        self.results, self.flags = [], []
         why = self._refusal(args)
         if why:
             if self._strict:
@@ -179,8 +192,9 @@ class SGDProbeCallback(TrainerCallback):
             others=lambda: _kept_of(trainer, self._loss_fn),
             packages=("sgd-probe", "torch", "transformers", "accelerate", "numpy"),
         )
-        session = ProbeSession(host, self.config, name=self.name, strict=self._strict)
-        self._session, self.results = session, session.results
+        session = ProbeSession(host, self.config, name=self.name, strict=self._strict, on_flag=self._on_flag)
+        self._session, self._flagging = session, session.flagging
+        self.results, self.flags = session.results, session.flagging.flags
         session.start(lambda: self._make_engine(args, state, kwargs.get("train_dataloader")))
         if session.on:
             session.observe(inner_optimizer(trainer.optimizer), nothing)
@@ -273,31 +287,12 @@ class SGDProbeCallback(TrainerCallback):
             sinks.append(FolderSink(base, fresh=True, max_vector_bytes=self.config.max_vector_bytes))
         run = active_wandb_run()
         if run is not None:
-            sinks.append(WandbSink(ActiveRun(_OnTrainersAxis(run))))
+            # The trainer's own rows count steps from 1.
+            axis = WandbRun(ActiveRun(run), axis="train/global_step", first_step=1)
+            sinks += wandb_sinks(axis, directions=self.config.log_directions)
         if self._on_result is not None:
             sinks.append(CallbackSink(self._on_result))
         return sinks
-
-
-class _OnTrainersAxis:
-    """A W&B run whose rows lie on the axis of the trainer's own, which counts steps from 1.
-
-    Args:
-        run: a W&B run.
-    """
-
-    _AXIS = "train/global_step"
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-        self.config = run.config
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self._run.define_metric(name, step_metric=self._AXIS)
-
-    def log(self, row: dict[str, float]) -> None:
-        values = {name: value for name, value in row.items() if name != STEP_METRIC}
-        self._run.log({**values, self._AXIS: row[STEP_METRIC] + 1})
 
 
 def _training_loss(

@@ -23,6 +23,8 @@ from sgd_probe.engine import (
     duration,
     read_sampling,
 )
+from sgd_probe.flags import Flag
+from sgd_probe.integrations.flagging import Flagging, OnFlag
 from sgd_probe.integrations.lightning_compat import (
     Callback,
     DrawnBatches,
@@ -56,7 +58,7 @@ from sgd_probe.sinks.folder import RUN_FILE, FolderSink
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
 from sgd_probe.sinks.terminal import TerminalSink
-from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger
+from sgd_probe.sinks.wandb import WandbRun, find_wandb_logger, wandb_sinks
 
 log = logging.getLogger("sgd_probe")
 
@@ -115,6 +117,8 @@ class SGDProbe(Callback):
         max_basis_bytes: memory for the eigensolver's vectors, or "auto".
         run_dir: folder of the local results; by default ``sgd_probe_run`` in the trainer's log
             directory. A folder that holds a run already is left alone and a numbered one taken.
+        on_flag: called with a :class:`~sgd_probe.flags.Flag` when a valley begins to diffuse: between two
+            steps, after the results are written, on every process.
         name: prefix of every metric; give each probe of a trainer its own.
         loss_fn: (module, batch) -> loss, where the training step is not the loss to be probed.
         optimizer: under manual optimisation, the one whose loss and weights are probed, counted from 0
@@ -141,6 +145,7 @@ class SGDProbe(Callback):
         curvature_batches: int | Literal["auto"] | None = None,
         max_basis_bytes: int | Literal["auto"] | None = None,
         run_dir: str | Path | None = None,
+        on_flag: OnFlag | None = None,
         name: str = "sgd_probe",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         optimizer: int = 0,
@@ -167,8 +172,11 @@ class SGDProbe(Callback):
             )
         if run_dir is not None and not isinstance(run_dir, str | Path):
             raise MisconfigurationException(f"SGDProbe: expected `run_dir` to be a path, found {run_dir!r}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise MisconfigurationException(f"SGDProbe: expected `loss_fn` to be callable, found {loss_fn!r}")
+        for argument, value in (("loss_fn", loss_fn), ("on_flag", on_flag)):
+            if value is not None and not callable(value):
+                raise MisconfigurationException(
+                    f"SGDProbe: expected `{argument}` to be callable, found {value!r}"
+                )
         if not isinstance(optimizer, int) or isinstance(optimizer, bool) or optimizer < 0:
             raise MisconfigurationException(
                 f"SGDProbe: expected `optimizer` to be an integer of at least 0, found {optimizer!r}"
@@ -178,8 +186,10 @@ class SGDProbe(Callback):
         self._params = params
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._loss_fn = loss_fn
+        self._on_flag = on_flag
         self._optimizer = optimizer
         self._strict = strict
+        self._flagging = self._no_flags()
         self._on = False
         self._engine: ProbeEngine | None = None
         self._sinks = SinkGroup([])
@@ -199,6 +209,16 @@ class SGDProbe(Callback):
         self._heard = 0  # the last of its steps, in the count of the fit; -1 where its silence was told of
 
     @property
+    def flags(self) -> list[Flag]:
+        """The flags of this fit's windows: the directions that were found diffusing along a valley."""
+        return self._flagging.flags
+
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """The flagged directions of the last window by mode name: unit vectors, shape (parameters,)."""
+        return self._flagging.basis
+
+    @property
     def state_key(self) -> str:
         """Checkpoints tell probes apart by their name."""
         return f"SGDProbe{{'name': {self.name!r}}}"
@@ -207,6 +227,7 @@ class SGDProbe(Callback):
         """Look at the training, and stand aside from one that cannot be probed."""
         self._switch_off()
         self.results, self._last_state = [], {}
+        self._flagging = self._no_flags()
         # Published even where the probe stands aside: a monitor whose key is missing would raise.
         self._metrics = CallbackMetricsSink(trainer)
         self._metrics.publish(verdict_counts({}, self.name))
@@ -245,6 +266,9 @@ class SGDProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Taken up when the fit begins."""
         self._restored = dict(state_dict)
+
+    def _no_flags(self) -> Flagging:
+        return Flagging(self._on_flag, strict=self._strict, max_bytes=self.config.max_vector_bytes)
 
     def _name_taken(self, trainer: Trainer) -> str:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -480,9 +504,13 @@ class SGDProbe(Callback):
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             announce(trainer, f"sgd_probe: {one_line(result)}")
-        whole = not self._engine.space.divided
+        # Where weights are divided, this process has a part of every direction, and nobody the whole.
+        whole = vectors if not self._engine.space.divided else None
+        self._flagging.take(result, whole)
         with self._engine.ledger.charge():
-            self._sinks.write(result, named_vectors(self.config, result, vectors) if whole else {})
+            named = {} if whole is None else named_vectors(self.config, result, whole)
+            self._sinks.write(result, named)
+        self._flagging.tell(functools.partial(announce, trainer))
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
@@ -532,7 +560,7 @@ class SGDProbe(Callback):
         wandb_logger = find_wandb_logger(trainer.loggers)
         sinks += [LoggerSink(logger) for logger in trainer.loggers if logger is not wandb_logger]
         if wandb_logger is not None:
-            sinks.append(WandbSink(wandb_logger))
+            sinks += wandb_sinks(WandbRun(wandb_logger), directions=self.config.log_directions)
         # Last: it names what the others have written.
         show = functools.partial(announce, trainer)
         sinks.append(TerminalSink(show, self.config.summary, self._folder))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sgd_probe.engine import ParameterFilter, ProbeConfig, ProbeEngine, read_sampling
+from sgd_probe.flags import Flag
+from sgd_probe.integrations.flagging import OnFlag
 from sgd_probe.integrations.muting import active_wandb_run, silenced
 from sgd_probe.integrations.session import (
     ActiveRun,
@@ -27,7 +29,7 @@ from sgd_probe.integrations.session import (
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import Sink
 from sgd_probe.sinks.folder import FolderSink
-from sgd_probe.sinks.wandb import WandbSink
+from sgd_probe.sinks.wandb import WandbRun, wandb_sinks
 
 log = logging.getLogger("sgd_probe")
 
@@ -72,12 +74,13 @@ class LoopProbe:
         run_dir: folder of the local results, with their report; by default there is none. A folder that
             holds a run already is left alone and a numbered one taken.
         on_result: called with every result.
+        on_flag: called with a flag when a valley begins to diffuse, after the results are written.
         name: prefix of every metric; give each of several probes its own, and watch what the other watches.
         strict: raise failures instead of switching off.
         config: every other knob; the arguments above win over it.
 
     Raises:
-        TypeError: ``model``, ``optimizer`` or ``loss_fn`` is not what it should be.
+        TypeError: ``model``, ``optimizer`` or a function is not what it should be.
         ValueError: an argument is out of range; the message names it.
     """
 
@@ -101,6 +104,7 @@ class LoopProbe:
         max_basis_bytes: int | Literal["auto"] | None = None,
         run_dir: str | Path | None = None,
         on_result: Callable[[WindowResult], object] | None = None,
+        on_flag: OnFlag | None = None,
         name: str = "sgd_probe",
         strict: bool = False,
         config: ProbeConfig | None = None,
@@ -119,8 +123,9 @@ class LoopProbe:
             raise TypeError(f"expected `model` to be a torch module, found {type(model).__name__}")
         if not callable(loss_fn):
             raise TypeError(f"expected `loss_fn` to be callable, found {loss_fn!r}")
-        if on_result is not None and not callable(on_result):
-            raise TypeError(f"expected `on_result` to be callable, found {on_result!r}")
+        for argument, value in (("on_result", on_result), ("on_flag", on_flag)):
+            if value is not None and not callable(value):
+                raise TypeError(f"expected `{argument}` to be callable, found {value!r}")
         _check_count("accumulation", accumulation, 1)
         _check_count("first_step", first_step, 0)
         if not isinstance(planned_steps, int | float) or not planned_steps > 0:
@@ -142,6 +147,7 @@ class LoopProbe:
         self._params = params
         self._run_dir = None if run_dir is None else Path(run_dir)
         self._on_result = on_result
+        self._on_flag = on_flag
         self._modes: list[tuple[nn.Module, bool]] = []
         self._strict = strict
         self._session = self._make_session()
@@ -151,6 +157,16 @@ class LoopProbe:
     def results(self) -> list[WindowResult]:
         """The results of the windows that have closed."""
         return self._session.results
+
+    @property
+    def flags(self) -> list[Flag]:
+        """The flags of those windows: the directions that were found diffusing along a valley."""
+        return self._session.flagging.flags
+
+    @property
+    def basis(self) -> dict[str, Tensor]:
+        """The flagged directions of the last window by mode name: unit vectors, shape (parameters,)."""
+        return self._session.flagging.basis
 
     def __enter__(self) -> Self:
         self._session.stop()
@@ -205,7 +221,7 @@ class LoopProbe:
 
     def _make_session(self) -> ProbeSession:
         host = Host(sinks=self._make_sinks, others=lambda: [self._loss_fn])
-        return ProbeSession(host, self.config, name=self.name, strict=self._strict)
+        return ProbeSession(host, self.config, name=self.name, strict=self._strict, on_flag=self._on_flag)
 
     def _make_engine(self) -> ProbeEngine:
         sampling = read_sampling(self._loader, self.config.sampling)
@@ -233,7 +249,7 @@ class LoopProbe:
             sinks.append(FolderSink(self._run_dir, fresh=True, max_vector_bytes=self.config.max_vector_bytes))
         run = active_wandb_run()
         if run is not None:
-            sinks.append(WandbSink(ActiveRun(run)))
+            sinks += wandb_sinks(WandbRun(ActiveRun(run)), directions=self.config.log_directions)
         if self._on_result is not None:
             sinks.append(CallbackSink(self._on_result))
         return sinks

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sgd_probe.engine import CurvatureError, ProbeConfig, ProbeEngine, duration
+from sgd_probe.integrations.flagging import Flagging, OnFlag
 from sgd_probe.isolation import capture
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors
@@ -130,17 +131,26 @@ class ProbeSession:
         config: every knob.
         name: prefix of every metric.
         strict: raise failures instead of switching off.
+        on_flag: called with each flag that is an onset.
 
     Attributes:
         on: it takes part in the training.
         results: of the windows that have closed.
+        flagging: the flags that they raised.
     """
 
     def __init__(
-        self, host: Host, config: ProbeConfig, *, name: str = "sgd_probe", strict: bool = False
+        self,
+        host: Host,
+        config: ProbeConfig,
+        *,
+        name: str = "sgd_probe",
+        strict: bool = False,
+        on_flag: OnFlag | None = None,
     ) -> None:
         self.on = True
         self.results: list[WindowResult] = []
+        self.flagging = Flagging(on_flag, strict=strict, max_bytes=config.max_vector_bytes)
         self._host = host
         self._config = config
         self._name = name
@@ -274,8 +284,10 @@ class ProbeSession:
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._host.announce(f"sgd_probe: {one_line(result)}")
+        self.flagging.take(result, vectors)
         with engine.ledger.charge():
             self._sinks.write(result, named_vectors(self._config, result, vectors))
+        self.flagging.tell(self._host.announce)
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))

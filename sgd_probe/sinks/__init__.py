@@ -8,7 +8,7 @@ from sgd_probe.sinks.folder import FolderSink, fresh_folder, load_vectors, read_
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
 from sgd_probe.sinks.terminal import TerminalSink
-from sgd_probe.sinks.wandb import WandbSink, find_wandb_logger, is_wandb_logger
+from sgd_probe.sinks.wandb import WandbRun, WandbSink, find_wandb_logger, is_wandb_logger, wandb_sinks
 
 __all__ = [
     "CallbackMetricsSink",
@@ -19,6 +19,7 @@ __all__ = [
     "SinkGroup",
     "TerminalSink",
     "Vectors",
+    "WandbRun",
     "WandbSink",
     "find_wandb_logger",
     "fresh_folder",
@@ -27,4 +28,5 @@ __all__ = [
     "read_run",
     "scalars",
     "verdict_counts",
+    "wandb_sinks",
 ]

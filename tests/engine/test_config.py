@@ -35,6 +35,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "max_basis_bytes": (0, -1, 1e9, None, "1 GB"),
     "save_vectors": (1, 0, None, "yes"),
     "summary": ("always", None, True, 1),
+    "log_directions": (1, 0, None, "yes"),
     "checkpoint_window": (1, 0, None, "always"),
     "verify": (1, 0, None, "always"),
 }
@@ -61,6 +62,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "max_basis_bytes": ("auto", 1, 2**30),
     "save_vectors": (True, False),
     "summary": ("end", "windows", "off"),
+    "log_directions": (True, False),
     "checkpoint_window": (True, False),
     "verify": (True, False),
 }

@@ -13,7 +13,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,18 @@ class WandbFile:
         config: the final configuration.
         step_metrics: step metric by the name of each metric that was defined by that exact name.
         globs: step metric by glob.
+        tags: of the run.
+        alerts: title and text of each.
+        artifacts: names of those that were logged.
     """
 
     history: list[dict[str, Any]]
     config: dict[str, Any]
     step_metrics: dict[str, str]
     globs: dict[str, str]
+    tags: list[str] = field(default_factory=list)
+    alerts: list[tuple[str, str]] = field(default_factory=list)
+    artifacts: list[str] = field(default_factory=list)
 
 
 def read_wandb_file(path: Path, timeout: float = 30.0) -> WandbFile:
@@ -77,8 +83,13 @@ def _digest(records: list[Any]) -> WandbFile:
             file.history.append(_items(record.history.item))
         elif kind == "run":
             file.config.update(_items(record.run.config.update))
+            file.tags[:] = record.run.tags
         elif kind == "config":
             file.config.update(_items(record.config.update))
+        elif kind == "alert":
+            file.alerts.append((record.alert.title, record.alert.text))
+        elif kind == "artifact":
+            file.artifacts.append(record.artifact.name)
         elif kind == "metric" and record.metric.name:
             file.step_metrics[record.metric.name] = record.metric.step_metric
         elif kind == "metric":

@@ -88,7 +88,7 @@ def test_histograms_of_wandb_watch_are_the_same(tmp_path: Path, monkeypatch: pyt
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    quiet = wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off")
+    quiet = wandb.Settings(mode="offline", x_disable_stats=True, x_disable_meta=True, console="off")
     make = module(step=through_forward)
     found = []
     for name, probes in (("without", []), ("with", [quick_probe(strict=True)])):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.wandb_file import read_wandb_file
 from tests.integrations.harness import generators, plain
 
 transformers: Any = pytest.importorskip("transformers")
@@ -460,22 +461,31 @@ def test_a_resumed_training_is_probed_and_stays_the_same(tmp_path: Path) -> None
     assert probe.results[0].opened_at_step == 14
 
 
-def test_rows_in_wandb_are_on_the_trainers_axis() -> None:
-    rows: list[dict[str, float]] = []
-    axes: dict[str, str] = {}
-    run = SimpleNamespace(
-        config={}, log=rows.append, define_metric=lambda name, step_metric: axes.update({name: step_metric})
-    )
-    adapter = huggingface._OnTrainersAxis(run)
-    adapter.define_metric("sgd_probe/lambda_max", step_metric="trainer/global_step")
-    adapter.log({"sgd_probe/lambda_max": 2.0, "trainer/global_step": 59})
-    assert rows == [{"sgd_probe/lambda_max": 2.0, "train/global_step": 60}]
-    assert axes == {"sgd_probe/lambda_max": "train/global_step"}
+def test_rows_in_wandb_are_on_the_trainers_axis(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    quiet = wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off", silent=True)
+    run = wandb.init(project="p", dir=tmp_path, mode="offline", settings=quiet)
+    trainer = make_trainer(tmp_path / "out", max_steps=80)
+    probe = attach(trainer, window=50, every_n_steps=60)
+    trainer.train()
+    run.finish()
+    (path,) = tmp_path.rglob("run-*.wandb")
+    logged = read_wandb_file(path)
+    ours = [row for row in logged.history if "sgd_probe/lambda_max" in row]
+    assert [row["train/global_step"] for row in ours] == [result.closed_at_step for result in probe.results]
+    assert len(ours) >= 1
+    assert "trainer/global_step" not in ours[0]
+    assert logged.step_metrics["sgd_probe/lambda_max"] == "train/global_step"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"top": 0}, "`top`"), ({"name": ""}, "`name`"), ({"loss_fn": 3}, "`loss_fn`")],
+    [
+        ({"top": 0}, "`top`"),
+        ({"name": ""}, "`name`"),
+        ({"loss_fn": 3}, "`loss_fn`"),
+        ({"on_flag": 3}, "`on_flag`"),
+    ],
 )
 def test_a_wrong_argument_is_named(options: Options, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"expected {message}"):

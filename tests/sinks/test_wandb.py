@@ -5,10 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 
-from sgd_probe.sinks import RunInfo, SinkGroup, WandbSink, find_wandb_logger, scalars
+from sgd_probe import find_flags
+from sgd_probe.sinks import (
+    RunInfo,
+    SinkGroup,
+    WandbRun,
+    WandbSink,
+    find_wandb_logger,
+    scalars,
+    wandb_sinks,
+)
+from sgd_probe.sinks.wandb.figures import FIGURES, figure_key
 from tests.helpers.wandb_file import WandbFile, read_wandb_file
 from tests.sinks.conftest import MakeWindow, make_loader, make_module, make_trainer, make_window, warnings_of
 
@@ -36,18 +47,22 @@ def losses() -> list[float]:
 def run_file(
     pl: Any, run_info: RunInfo, losses: list[float], tmp_path_factory: pytest.TempPathFactory
 ) -> WandbFile:
-    """One offline run: six steps that log ``loss``, and two windows whose last steps are 2 and 5."""
+    """One offline run: six steps that log ``loss``, and two windows whose last steps are 2 and 5.
+
+    The server is at no address: whatever asked it would fail.
+    """
 
     class Writer(pl.Callback):  # type: ignore[misc]
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            self.sink = WandbSink(find_wandb_logger(trainer.loggers))
+            sinks = wandb_sinks(WandbRun(find_wandb_logger(trainer.loggers)), directions=True)
+            self.sink = SinkGroup(sinks, strict=True)
             self.sink.start(run_info)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
             losses.append(outputs["loss"].item())
             for result in RESULTS:
                 if result.closed_at_step == trainer.global_step:
-                    self.sink.write(result, {})
+                    self.sink.write(result, {"top_02": np.ones(6, np.float32)})
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.sink.finish()
@@ -64,11 +79,12 @@ def run_file(
 
 
 def quiet_settings() -> wandb.Settings:
-    return wandb.Settings(x_disable_stats=True, x_disable_meta=True, console="off")
+    # The mode, too: W&B reads its environment once in a process, perhaps in an earlier module's tests.
+    return wandb.Settings(mode="offline", x_disable_stats=True, x_disable_meta=True, console="off")
 
 
 def our_rows(run_file: WandbFile) -> list[dict[str, Any]]:
-    return [row for row in run_file.history if any(key.startswith("sgd_probe/") for key in row)]
+    return [row for row in run_file.history if "sgd_probe/lambda_max" in row]
 
 
 def test_one_row_for_each_window_with_the_exact_values(run_file: WandbFile) -> None:
@@ -91,16 +107,38 @@ def test_the_row_lies_at_the_loss_of_the_step_that_closed_the_window(
 
 def test_no_row_of_the_user_is_lost_or_merged(run_file: WandbFile) -> None:
     assert sum("loss" in row for row in run_file.history) == 6
-    assert not any("loss" in row for row in our_rows(run_file))
+    ours = [row for row in run_file.history if any(key.startswith("sgd_probe/") for key in row)]
+    assert not any("loss" in row for row in ours)
     steps = [row["_step"] for row in run_file.history]
     assert steps == list(range(len(steps)))
 
 
 def test_metrics_are_defined_by_exact_name(run_file: WandbFile) -> None:
     ours = {name for name in run_file.step_metrics if name.startswith("sgd_probe")}
-    assert ours == set(scalars(RESULTS[0])) | set(scalars(RESULTS[1]))
+    assert ours == {*scalars(RESULTS[0]), *scalars(RESULTS[1]), *map(figure_key, FIGURES)}
     assert {run_file.step_metrics[name] for name in ours} == {STEP}
     assert not any(glob.startswith("sgd_probe") for glob in run_file.globs)
+
+
+def test_figures_with_the_first_window_and_the_last(run_file: WandbFile) -> None:
+    sets = [row for row in run_file.history if f"{figure_key('spectrum')}/_type" in row]
+    assert [row[STEP] for row in sets] == [1, 4]
+    assert all(row[f"{figure_key(name)}/_type"] == "plotly-file" for row in sets for name in FIGURES)
+
+
+def test_a_table_two_plots_and_the_directions_when_the_fit_has_ended(run_file: WandbFile) -> None:
+    (table,) = (row for row in run_file.history if "sgd_probe/modes/nrows" in row)
+    assert table["sgd_probe/modes/nrows"] == sum(len(result.modes) for result in RESULTS)
+    assert {f"sgd_probe/plots/{name}_table/nrows" for name in ("diffusion", "noise")} < table.keys()
+    assert run_file.history.index(table) > max(i for i, row in enumerate(run_file.history) if "loss" in row)
+    assert any(name.startswith("sgd_probe-directions-") for name in run_file.artifacts)
+
+
+def test_one_alert_and_one_tag(run_file: WandbFile) -> None:
+    ((title, text),) = run_file.alerts
+    assert title == "sgd_probe: a direction diffuses"
+    assert str(find_flags(RESULTS)[0]) in text
+    assert run_file.tags == ["sgd_probe"]
 
 
 def test_the_configuration_joins_the_users(run_file: WandbFile, run_info: RunInfo) -> None:
@@ -122,7 +160,7 @@ def test_a_run_that_cannot_log_is_warned_of_once(
         raise wandb.Error("the server is gone")
 
     logger = WandbLogger(save_dir=tmp_path, settings=quiet_settings())
-    group = SinkGroup([WandbSink(logger)])
+    group = SinkGroup([WandbSink(WandbRun(logger))])
     group.start(run_info)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "sgd_probe"):
         patch.setattr(logger.experiment, "log", unreachable)
@@ -143,7 +181,7 @@ def test_other_ranks_do_nothing(
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    sink = WandbSink(pl.loggers.WandbLogger(save_dir=tmp_path))
+    sink = WandbSink(WandbRun(pl.loggers.WandbLogger(save_dir=tmp_path)))
     sink.start(run_info)
     sink.write(window(), {})
     sink.finish()
