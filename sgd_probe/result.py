@@ -146,6 +146,8 @@ class ModeResult:
         undermined: what a mark says takes the ground from under the verdict.
         resampled_noise: noise variance from gradients of held-out batches at the window's start, the check on
             ``noise_variance``; unknown for fewer than eight batches.
+        noise_correlations: of its noise with that of every mode, by name, from the gradients of held-out
+            batches at the window's start: modes share their minibatches. Empty for fewer than eight batches.
         noise_correlation: of the noise of successive steps (0 for independent draws).
         epoch_correlation: of the noise of two steps of an epoch, from whole epochs (five at least).
         noise_fading: noise variance in the window's last part over that in its first, where they differ
@@ -198,6 +200,7 @@ class ModeResult:
     displacements: tuple[LagPoint, ...] = ()
     undermined: bool = False
     resampled_noise: Interval = field(default_factory=Interval.unknown)
+    noise_correlations: Mapping[str, float] = field(default_factory=dict)
     noise_correlation: float = math.nan
     epoch_correlation: Interval = field(default_factory=Interval.unknown)
     noise_fading: float = math.nan
@@ -481,8 +484,9 @@ def _mode_from(data: Any) -> ModeResult:
     values["kind"] = ModeKind(values["kind"])
     values["verdict"] = Verdict(values["verdict"])
     values["marks"] = _texts("marks", values["marks"])
-    shares = dict(values["layer_shares"])
-    values["layer_shares"] = {name: _checked(float, name, share) for name, share in shares.items()}
+    for name in ("layer_shares", "noise_correlations"):
+        numbers = dict(values.get(name, {}))
+        values[name] = {key: _checked(float, key, number) for key, number in numbers.items()}
     values["displacements"] = tuple(
         LagPoint(**_fields(LagPoint, point)) for point in _list("displacements", values["displacements"])
     )

@@ -63,6 +63,7 @@ MODES = built(
     verdict=st.sampled_from(Verdict),
     marks=st.lists(TEXTS, max_size=2).map(tuple),
     layer_shares=st.dictionaries(TEXTS, NUMBERS, max_size=2),
+    noise_correlations=st.dictionaries(TEXTS, NUMBERS, max_size=2),
     displacements=st.lists(POINTS, max_size=2).map(tuple),
 )
 WINDOWS = built(
@@ -200,6 +201,7 @@ def put(value: Any, *path: Any) -> Callable[[dict[str, Any]], None]:
         (put(1.0, "modes", 0, "diffusion"), "Interval should be an object"),
         (put({"a": "b"}, "modes", 0, "layer_shares"), "'b'"),
         (put(["ab"], "modes", 0, "layer_shares"), "'b'"),
+        (put({"a": "b"}, "modes", 0, "noise_correlations"), "'b'"),
         (put(3, "modes", 0, "layer_shares"), "int"),
         (put("marked", "modes", 0, "marks"), "marks should be a list"),
         (put([{"mode": "top_01"}], "slices"), "offsets"),

@@ -270,6 +270,7 @@ def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
         resampled_noise=(
             Interval.unknown() if measured.resampled is None else measured.resampled.variance[index]
         ),
+        noise_correlations=_noise_correlations(measured, index),
         noise_correlation=evidence.noise_correlation if evidence else math.nan,
         epoch_correlation=(
             Interval.unknown() if views.cancellation is None else views.cancellation.modes[index]
@@ -286,6 +287,15 @@ def _mode(measured: Measured, views: _Views, index: int) -> ModeResult:
             measured.preconditioner_changes[index] if measured.preconditioner_changes else 1.0
         ),
     )
+
+
+def _noise_correlations(measured: Measured, index: int) -> dict[str, float]:
+    if measured.resampled is None:
+        return {}
+    row = measured.resampled.correlation[index].tolist()
+    # None with a mode whose gradient does not fluctuate.
+    named = zip((mode.name for mode in measured.basis.modes), row, strict=True)
+    return {name: value for name, value in named if math.isfinite(value)}
 
 
 def _drift(measured: Measured, index: int, free: float) -> Interval:

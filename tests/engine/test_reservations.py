@@ -47,6 +47,10 @@ def test_a_quiet_window_has_none() -> None:
         assert mode.noise_fading == 1 and abs(mode.noise_correlation) < 0.2
         assert mode.drift.low < 0 < mode.drift.high
         assert mode.preconditioner_change == 1
+        # Sixteen batches of independent noise.
+        assert mode.noise_correlations[mode.name] == pytest.approx(1)
+        others = [value for name, value in mode.noise_correlations.items() if name != mode.name]
+        assert len(others) == 3 and max(map(abs, others)) < 0.75
     np.testing.assert_allclose(result.joint_curvatures[:2], (8, 4), rtol=0.25)
     flat = result.modes[-1]
     assert flat.verdict is Verdict.DIFFUSIVE
