@@ -487,9 +487,13 @@ class ProbeEngine:
             later = self._revisit(window, changed)
             with self.shared():
                 changes, norms = window.preconditioner_changes(), window.norms()
-        self._window_seconds = window.open_seconds + window.observe_seconds + charge.seconds
         # The next one has no self-test, which took its share of the first.
-        self._foretold = dataclasses.replace(self._foretold, pause=window.open_seconds, step=math.nan)
+        opening = window.open_seconds - window.test_seconds
+        took = opening + window.observe_seconds + charge.seconds
+        # In a process's first window much is done for the first time: the next is between it and the plan.
+        first = window.index == 0 and took > self._window_seconds > 0
+        self._window_seconds = (took + self._window_seconds) / 2 if first else took
+        self._foretold = dataclasses.replace(self._foretold, pause=opening, step=math.nan)
         cost = CostResult(
             longest_pause_seconds=self.ledger.longest,
             foretold_open_seconds=window.foretold.pause,
@@ -864,7 +868,8 @@ class ProbeEngine:
             self._operator(finding, space, means) as operator,
             self._operator(certifying, space, means) as held_out,
         ):
-            self._test_once(finding, operator, means)
+            with self.ledger.charge() as testing:
+                self._test_once(finding, operator, means)
             trace = gradient_noise_trace(operator)
             basis = find_modes(
                 operator,
@@ -942,6 +947,7 @@ class ProbeEngine:
                 )
                 if note
             ],
+            test_seconds=testing.seconds,
         )
 
     def _slices(

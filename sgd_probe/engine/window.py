@@ -81,6 +81,7 @@ class Window:
     late: int = 0
     open_seconds: float = 0.0
     observe_seconds: float = 0.0
+    test_seconds: float = 0.0
     foretold: Foretold = field(default_factory=Foretold)
     peak_bytes: float = math.nan
     warnings: list[str] = field(default_factory=list)

@@ -80,7 +80,7 @@ def _products(processes: Processes) -> Any:
 def _caught(work: Callable[[], object]) -> str:
     try:
         work()
-    except (CurvatureError, WrongHessianError) as error:
+    except (CurvatureError, MemoryError, WrongHessianError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 

@@ -148,9 +148,9 @@ def _train(folder: Path, probed: bool, optimizer: str = "sgd", epochs: int = EPO
 
 #: How many windows close where something fails, and what the process on which it does says.
 FAILURES = {
-    "memory": (1, "no window at step"),
+    "memory": (1, "memory is too short for a window, whatever is given up"),
     "loss": (1, "switched off for the rest of this fit"),
-    "solver": (1, "no window at step"),
+    "solver": (1, "memory is too short for a window, whatever is given up"),
     "terminal": (1, "switched off for the rest of this fit"),
     # At the very step at which all have agreed to close a window.
     "batch": (0, "switched off for the rest of this fit"),
