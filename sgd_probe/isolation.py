@@ -172,9 +172,14 @@ class _Capture:
         return self._restore
 
     def _restore(self) -> None:
-        with ExitStack() as stack:  # runs them all, also where one fails
-            for restore in self._restores:
-                stack.callback(restore)
+        failures: list[BaseException] = []
+        for restore in reversed(self._restores):  # all of them, also where one fails or Ctrl-C comes
+            try:
+                restore()
+            except BaseException as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _visit(self, value: Any) -> None:
         if type(value) in weakref.ProxyTypes or id(value) in self._seen:
