@@ -205,9 +205,6 @@ def test_adamw_gets_verdicts_in_its_own_coordinates(tmp_path: Path) -> None:
         assert mode.predicted_diffusion > 0
 
 
-#: Out of the reach of what the probe puts back.
-
-
 class Tiny(pl.LightningModule):
     """A module whose parts a test replaces."""
 
