@@ -171,11 +171,11 @@ def measure(rank: int, way: str, width: int, batches: int, folder: str) -> None:
             break
         engine.offer(batch_of(step, rank), step, step)
         train(step)
-    assert basis is not None and closed is not None and engine._cost is not None
+    assert basis is not None and closed is not None
     cost = closed[0].cost
     point = Point(
         weights=weights,
-        gradient=engine._cost.seconds,
+        gradient=engine._survey.cost.seconds,
         step=sorted(seconds)[len(seconds) // 2],
         finding=basis.products - len(basis.modes),
         directions=len(basis.modes),
@@ -183,7 +183,7 @@ def measure(rank: int, way: str, width: int, batches: int, folder: str) -> None:
         closing=cost.close_seconds,
         watching=cost.observe_seconds / STEPS,
         vectors_held=held * 2**20 / 4 / engine.space.size,
-        graph=engine._cost.graph_bytes / 4 / engine.space.size,
+        graph=engine._survey.cost.graph_bytes / 4 / engine.space.size,
         vectors_reduced=counter.reduced,
         evaluations=counter.evaluations,
         small=counter.small,

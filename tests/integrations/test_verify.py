@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgd_probe import ProbeConfig, SGDProbe
-from sgd_probe.engine import probe as probe_module
+from sgd_probe.engine import trained as trained_module
 from sgd_probe.engine.verification import LeakError, Verification
 from sgd_probe.engine.window import Window
 from tests.integrations.harness import RecordingDataset, batchnorm, fit, loader, mlp
@@ -109,7 +109,7 @@ def test_an_isolation_that_does_not_isolate_is_seen(
             yield
 
     without, _ = fit("pytorch_lightning", mlp, data, [], tmp_path / "without", steps=40)
-    monkeypatch.setattr(probe_module, "isolated", open_doors)
+    monkeypatch.setattr(trained_module, "isolated", open_doors)
     found, _ = fit("pytorch_lightning", mlp, data, [probe()], tmp_path / "with", steps=40)
     without.assert_equal(found)
     (warning,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
