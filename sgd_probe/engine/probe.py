@@ -370,11 +370,14 @@ class ProbeEngine:
             self._schedule.postpone(step, RETRY_STEPS)
             if self._failures >= MAX_FAILURES:
                 raise CurvatureError(f"{error} ({self._failures} windows in a row)") from error
-            log.warning(
-                "sgd_probe: no window at step %d: %s. It is tried again in %d steps.",
+            log.log(
+                logging.WARNING if self._failures == 1 else logging.INFO,
+                "sgd_probe: no window at step %d: %s. It is tried again every %d steps, %d times in a row at "
+                "most.",
                 step,
                 error,
                 RETRY_STEPS,
+                MAX_FAILURES,
             )
             return None
         finally:

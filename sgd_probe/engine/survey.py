@@ -301,7 +301,8 @@ class Survey:
             samples = batch.samples if processes is None else processes.least(batch.samples)
             size = 0 if trained.by_differences else min(size or round(samples), round(samples)) // 4
             if not size:
-                raise OutOfMeansError(f"memory is too short for a gradient ({told})")
+                what = "a gradient" if trained.by_differences else "the graph of a single sample"
+                raise OutOfMeansError(f"memory is too short for {what} ({told})")
             self._forget_failure()
 
     def _pieces_hold(self, batches: Sequence[CurvatureBatch], size: int) -> bool:

@@ -18,9 +18,15 @@ from sgd_probe.engine.verification import LeakError, Verification
 from sgd_probe.engine.window import Window
 from tests.integrations.harness import RecordingDataset, batchnorm, fit, loader, mlp
 
-#: Of the training step below; nothing that the probe puts back.
+#: Of the training step below.
 SEEN: dict[str, Any] = {"calls": 0}
 COUNT = 0
+
+
+@pytest.fixture
+def no_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Isolation that takes no file for the user's own, and so leaves its globals alone."""
+    monkeypatch.setattr("sgd_probe.isolation._is_own", lambda scope: False)
 
 
 def count() -> None:
@@ -76,6 +82,7 @@ def leaking(kind: str) -> Any:
         ("optimizer", "optimizer.state[network.1.weight]['momentum_buffer'] (#"),
     ],
 )
+@pytest.mark.usefixtures("no_globals")
 def test_a_leak_is_named_and_put_back(
     kind: str, named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -94,6 +101,7 @@ def test_a_leak_is_named_and_put_back(
     assert f"expected {where}" in warning
 
 
+@pytest.mark.usefixtures("no_globals")
 def test_strict_raises(tmp_path: Path) -> None:
     SEEN["calls"] = 0
     with pytest.raises(LeakError, match="SEEN"):

@@ -157,8 +157,18 @@ def build_workspace(
                     line("Share of the training's time", ["cost/fraction"], ""),
                     line(
                         "Seconds",
-                        ["cost/window_seconds", "cost/longest_pause_seconds", "cost/total_seconds"],
+                        ["cost/window_seconds", "cost/total_seconds"],
                         "s",
+                    ),
+                    line(
+                        "Pauses, and what was foretold",
+                        ["cost/pause_seconds", "cost/longest_pause_seconds", "cost/foretold_pause_seconds"],
+                        "s",
+                    ),
+                    line(
+                        "Memory of an opening, and what was foretold",
+                        ["cost/peak_bytes", "cost/foretold_bytes"],
+                        "bytes",
                     ),
                 ],
                 is_open=False,
