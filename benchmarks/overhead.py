@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
@@ -122,7 +123,7 @@ class Watch:
         """Median seconds a step of what it consists of."""
         window, count = self.window, self.together
         projector, decays = window.projector, (0.0,) * len(window.space.parameters)
-        step = Step(Draw(28.1), 0.01, 0.1, taken=True, usable=True)
+        step = Step(Draw(28.1), window._now)
         seconds: dict[str, list[float]] = {name: [] for name in PARTS}
         for _ in range(9):
             window.settle()
@@ -151,37 +152,58 @@ def _seconds(work: Callable[[], object]) -> float:
     return _clock() - start
 
 
-def observed(loop: Loop, directions: int, rounds: int) -> dict[str, Any]:
-    """What a window adds to the steps of a loop, beside reading its directions once, by turns.
+@dataclass
+class Times:
+    """Of one window, in seconds.
 
-    All begin with caches that hold something else, as a training leaves them.
+    Attributes:
+        gathering: observations that only copy a step.
+        projecting: those that project all steps that wait.
+        reading: the vectors once, by each way.
+    """
+
+    gathering: list[float] = field(default_factory=list)
+    projecting: list[float] = field(default_factory=list)
+    reading: dict[str, list[float]] = field(default_factory=lambda: {"sum": [], "product": []})
+
+
+def observed(loop: Loop, rounds: int) -> dict[str, Any]:
+    """What windows of several sizes add to the steps of a loop, beside reading their directions, by turns.
+
+    An observation finds the caches as the optimizer's step leaves them, a reading finds them cold.
 
     Args:
         loop: the training.
-        directions: k.
         rounds: times that a whole number of observations is repeated.
     """
-    watch, other = Watch(loop, directions), torch.randn(2**24)
+    watches = {directions: Watch(loop, directions) for directions in DIRECTIONS}
+    times = {directions: Times() for directions in DIRECTIONS}
     stepping: list[float] = []
-    gathering: list[float] = []
-    projecting: list[float] = []
-    reading: dict[str, list[float]] = {"sum": [], "product": []}
-    for _ in range(rounds):
-        for found in (*[gathering] * (watch.together - 1), projecting):
-            stepping.append(_seconds(loop.step))
-            found.append(_seconds(watch.observe))
-            for name in reading:
+    other = torch.randn(2**24)
+    together = watches[DIRECTIONS[0]].together
+    for number in range(rounds * together):
+        stepping.append(_seconds(loop.step))
+        for directions, watch in watches.items():
+            found = times[directions]
+            other.add_(1.0)
+            loop.optimizer.step()
+            last = number % together == together - 1
+            (found.projecting if last else found.gathering).append(_seconds(watch.observe))
+            for name, seconds in found.reading.items():
                 other.add_(1.0)
-                reading[name].append(_seconds(getattr(watch, name)))
+                seconds.append(_seconds(getattr(watch, name)))
     step = statistics.median(stepping)
+    return {f"k{k}": _summed_up(watches[k], times[k], k, step) for k in DIRECTIONS}
+
+
+def _summed_up(watch: Watch, times: Times, directions: int, step: float) -> dict[str, float]:
     # All observations but the last of each round only gather; the last one projects for all.
-    once = statistics.median(projecting)
     share = 1 / watch.together
-    whole = once * share + (statistics.median(gathering) * (1 - share) if gathering else 0.0)
-    read = {name: statistics.median(found) for name, found in reading.items()}
-    fastest = min(read.values())
-    parts = watch.parts()
-    rows = directions + 2 * FLAT
+    whole = statistics.median(times.projecting) * share
+    if times.gathering:
+        whole += statistics.median(times.gathering) * (1 - share)
+    read = {name: statistics.median(found) for name, found in times.reading.items()}
+    fastest, rows, parts = min(read.values()), directions + 2 * FLAT, watch.parts()
     print(
         f"  k = {directions}: {whole / step:.2%} of a step of {1e3 * step:.1f} ms, {1e3 * whole:.2f} ms; "
         f"{whole / fastest:.2f} times reading the {rows} vectors once "
@@ -200,16 +222,14 @@ def observed(loop: Loop, directions: int, rounds: int) -> dict[str, Any]:
 def steps(name: str, recipe: Recipe, batch_size: int, rounds: int) -> dict[str, Any]:
     """Overheads of one network."""
     loop = Loop(name, recipe, batch_size)
-    watched = _wandb_watch(name, recipe, batch_size, 2 * rounds)
+    watched = _wandb_watch(name, recipe, batch_size, 2 * rounds + 2)
     size = sum(parameter.numel() for parameter in loop.parameters)
     print(
         f"{name}: {size:,} weights, batches of {batch_size}; wandb.watch costs {_percent(watched)} of a step"
     )
     loop.step()
-    return {
-        f"k{directions}": observed(loop, directions, rounds) | {"wandb_watch_overhead": watched}
-        for directions in DIRECTIONS
-    }
+    found = observed(loop, rounds)
+    return {key: figures | {"wandb_watch_overhead": watched} for key, figures in found.items()}
 
 
 def _percent(share: float | None) -> str:
@@ -286,7 +306,7 @@ def budget(share: float, epochs: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller networks, under a minute")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and one budget, under a minute")
     parser.add_argument("--json", action="store_true", help="print the figures as the last line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     options = parser.parse_args()
@@ -294,15 +314,14 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("sgd_probe").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    recipes = SMALL if options.quick else FULL
     found: dict[str, Any] = {
-        name: steps(name, recipes[name], batch, 6 if options.quick else 4)
+        name: steps(name, FULL[name], batch, 1 if options.quick else 4)
         for name, batch in (("resnet", 64), ("transformer", 32))
     }
     found["budget"] = {}
     budget(0.5, 5)  # what a process does for the first time is no part of a run of a minute
     for share in (0.05,) if options.quick else (0.02, 0.05, 0.10):
-        result = budget(share, round(18 / share))
+        result = budget(share, round(22 / share))
         found["budget"][f"{share:.2f}"] = result
         print(
             f"budget {share:.0%}: the probe took {result['measured']:.1%}, {result['windows']} windows",

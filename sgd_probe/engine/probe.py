@@ -501,9 +501,9 @@ class ProbeEngine:
             f"{self.space.dimension:,} were: some were frozen, thawed or added."
         )
         log.info("sgd_probe: %s", self._changed)
-        self._survey = Survey(trained, self._generator)
-        self._turning_limit = math.inf
-        self._survey.size_up(self._pool[0], self._planned_steps)
+        survey = Survey(trained, self._generator)
+        survey.size_up(self._pool[0], self._planned_steps)
+        self._survey, self._turning_limit = survey, math.inf
 
     def _opening(self, step: int) -> Opening:
         """What is known of a window that opens now."""
