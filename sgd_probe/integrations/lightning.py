@@ -563,7 +563,7 @@ class SGDProbe(Callback):
             sinks += wandb_sinks(WandbRun(wandb_logger), directions=self.config.log_directions)
         # Last: it names what the others have written.
         show = functools.partial(announce, trainer)
-        sinks.append(TerminalSink(show, self.config.summary, self._folder))
+        sinks.append(TerminalSink(show, self.config.summary, self._folder_sink))
         return sinks
 
     def _switch_off(self) -> None:

@@ -293,7 +293,7 @@ class ProbeSession:
         self._host.announce("sgd_probe: " + "\n  ".join(plan))
         space = engine.space
         sinks = list(self._host.sinks())
-        folder = next((sink.path for sink in sinks if isinstance(sink, FolderSink)), None)
+        folder = next((sink for sink in sinks if isinstance(sink, FolderSink)), None)
         # Last: it names what the others have written.
         sinks.append(TerminalSink(show, self._config.summary, folder))
         self._sinks = SinkGroup(sinks, self._strict)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 from sgd_probe.report.terminal import places, window_summary
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Vectors
+from sgd_probe.sinks.folder import FolderSink
 
 
 class TerminalSink:
@@ -18,14 +18,14 @@ class TerminalSink:
     Args:
         show: prints a text of several lines; a progress bar's own way of printing leaves the bar alone.
         when: "end", "windows" or "off".
-        folder: where the results lie, if anywhere.
+        folder: writes the results where they lie, if anywhere; it may find that place when the run starts.
     """
 
     def __init__(
         self,
         show: Callable[[str], None],
         when: Literal["end", "windows", "off"] = "end",
-        folder: Path | None = None,
+        folder: FolderSink | None = None,
     ) -> None:
         self._show = show
         self._when = when
@@ -48,7 +48,7 @@ class TerminalSink:
         if self._when == "off" or self._last is None:
             return
         table = window_summary(self._last) + "\n" if self._when == "end" else ""
-        self._say(table + places(self._windows, self._folder))
+        self._say(table + places(self._windows, None if self._folder is None else self._folder.path))
 
     def _say(self, text: str) -> None:
         # A terminal that knows no superscripts gets question marks in their place, not an exception.

@@ -15,6 +15,7 @@ import pytest
 from sgd_probe.report.terminal import places, window_summary
 from sgd_probe.result import Verdict
 from sgd_probe.sinks.base import RunInfo
+from sgd_probe.sinks.folder import FolderSink
 from sgd_probe.sinks.terminal import TerminalSink
 from tests.helpers.results import make_mode, make_window, without_numbers
 
@@ -72,7 +73,7 @@ def test_the_text_is_plain_where_nobody_sees_colours() -> None:
 @pytest.mark.parametrize(("when", "shown"), [("off", [0, 0, 0]), ("end", [0, 0, 1]), ("windows", [1, 2, 3])])
 def test_windows_are_printed_when_they_are_wanted(when: str, shown: list[int], tmp_path: Path) -> None:
     told: list[str] = []
-    sink = TerminalSink(told.append, when, tmp_path)  # type: ignore[arg-type]
+    sink = TerminalSink(told.append, when, FolderSink(tmp_path))  # type: ignore[arg-type]
     sink.start(RUN)
     counts = []
     for index in range(2):
