@@ -143,10 +143,15 @@ FIT = textwrap.dedent(
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_tables_and_progress_bars_leave_each_other_alone(tmp_path: Path) -> None:
     """Real fits on a real terminal: every row of a table stands on a line of its own."""
+    import fcntl
     import pty
+    import struct
     import subprocess
+    import termios
 
     ours, theirs = pty.openpty()
+    # A terminal of no size gets no bar.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"}
     command = [sys.executable, "-c", FIT, str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
