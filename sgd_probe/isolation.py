@@ -51,6 +51,8 @@ _PLAIN = (
     functools.partial,
     queue.Queue,
 )
+#: What cannot change, and is looked into by nobody.
+_CONSTANTS = frozenset({bool, bytes, complex, float, int, str, type(None)})
 #: Longer containers are restored as a whole; their elements are not looked into one by one.
 _MAX_ELEMENTS = 10_000
 
@@ -262,7 +264,7 @@ class _Capture:
 
         self._restores.append(restore)
         for key, value in saved:
-            if _runs_out(value):
+            if type(value) not in _CONSTANTS and _runs_out(value):
                 mapping[key] = _Untouchable(key, value)
         self._elements([value for _, value in saved])
 
@@ -287,7 +289,7 @@ class _Capture:
 
         self._restores.append(restore)
         for index, value in enumerate(saved[:_MAX_ELEMENTS]):
-            if _runs_out(value):
+            if type(value) not in _CONSTANTS and _runs_out(value):
                 sequence[index] = _Untouchable(f"element {index}", value)
         self._elements(saved)
 
@@ -364,7 +366,8 @@ class _Capture:
 
     def _elements(self, values: Any) -> None:
         if len(values) <= _MAX_ELEMENTS:
-            self._pending.extend(values)
+            # Histories of numbers are the longest lists that people keep.
+            self._pending.extend([value for value in values if type(value) not in _CONSTANTS])
 
     def _attributes(self, owner: Any) -> None:
         if hasattr(owner, "__dict__"):

@@ -367,8 +367,13 @@ def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None])
     Raises:
         TypeError: the optimizer takes no hooks.
     """
+
+    def stepped(*_: Any) -> None:
+        if not _within_a_step(optimizer):
+            observe()
+
     try:
-        handle: RemovableHandle = optimizer.register_step_post_hook(lambda *_: observe())
+        handle: RemovableHandle = optimizer.register_step_post_hook(stepped)
         hooks: Any = optimizer._optimizer_step_post_hooks  # an OrderedDict, whatever its annotation says
         hooks.move_to_end(handle.id, last=False)
     except (AttributeError, TypeError) as error:
@@ -377,6 +382,21 @@ def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None])
             "hooks: let its __init__ call that of torch.optim.Optimizer"
         ) from error
     return handle
+
+
+def _within_a_step(optimizer: torch.optim.Optimizer) -> bool:
+    """The step that has ended is a part of another one of the same optimizer.
+
+    Where a class's step calls that of its base, torch has both tell of it, once anybody in the process has
+    made an optimizer of the base.
+    """
+    hooked = sys._getframe(2)  # the caller of the hooks; every step that tells of itself has such a frame
+    frame = hooked.f_back
+    while frame is not None:
+        if frame.f_code is hooked.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from sgd_probe import SGDProbe
+from sgd_probe import ProbeConfig, SGDProbe
 from tests.helpers.memory import measurable, open_files, resident_megabytes
 from tests.integrations.harness import PACKAGES, RecordingDataset, fit, loader, mlp
 
 WINDOWS, PERIOD = 50, 50
-#: Room for the results of forty windows, which the callback keeps, and their rows in the test's own logger.
-SLACK_MEGABYTES = 4.0
+#: Room for the results of forty windows, which the callback keeps, and their rows in the test's own logger:
+#: about 0.1 MB a window.
+SLACK_MEGABYTES = 7.0
 
 
 def data() -> Any:
@@ -48,6 +49,7 @@ class Books(PACKAGES["pytorch_lightning"].Callback):  # type: ignore[misc]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not measurable(), reason="resident memory is read from Linux's own books")
 def test_fifty_windows_leave_nothing_behind(tmp_path: Path) -> None:
     # The last window opens once its batches are there, so the run goes on for a window more.
@@ -55,7 +57,15 @@ def test_fifty_windows_leave_nothing_behind(tmp_path: Path) -> None:
     plain, books = Books(), Books()
     without, _ = fit("pytorch_lightning", mlp, data, [plain], tmp_path / "without", steps=steps)
     before = threading.active_count(), open_files()
-    probe = SGDProbe(top=3, flat=2, window=50, every_n_steps=PERIOD, curvature_batches=2, strict=True)
+
+    def make_probe() -> SGDProbe:
+        # Slices of the loss are most of a window's evaluations here, and leave nothing of their own.
+        config = ProbeConfig(top=3, flat=2, window=50, curvature_batches=2, slices=False)
+        return SGDProbe(every_n_steps=PERIOD, strict=True, config=config)
+
+    # The first page of a process loads what draws figures, whenever that falls due.
+    fit("pytorch_lightning", mlp, data, [make_probe()], tmp_path / "first", steps=2 * PERIOD)
+    probe = make_probe()
     with_probe, _ = fit("pytorch_lightning", mlp, data, [probe, books], tmp_path / "with", steps=steps)
 
     closed = [result for result in probe.results if result.complete]
