@@ -72,11 +72,6 @@ class Truth:
     def curvature(self) -> float:
         return self.kappa / float(self.effective_rates.sum())
 
-    @property
-    def equal_steps(self) -> float:
-        """Steps of one size that do as much."""
-        return float(self.rates.sum() ** 2 / (self.rates**2).sum())
-
     def statistics(self, replicas: int, seed: int, told: bool = True) -> Iterator[WindowStatistics]:
         """The package's own sums over the window, a chunk of replicas at a time.
 

@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult, find_flags
+from sgd_probe.demo import digits_network
 
 TRAINED_ON = 1000
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, BATCH_SIZE = 0.1, 0.9, 1e-3, 16
@@ -66,19 +67,6 @@ class Score(NamedTuple):
     error: float
 
 
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1),
-        nn.Tanh(),
-        nn.AvgPool2d(2),
-        nn.Conv2d(8, 16, 3, padding=1),
-        nn.Tanh(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-
-
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
     return F.cross_entropy(model(images), labels, label_smoothing=0.1)
@@ -103,7 +91,7 @@ def train(seed: int, steps: int, momentum: float) -> tuple[dict[str, Score], lis
     data = TensorDataset(images[ours], labels[ours])
     sampler = RandomSampler(data, replacement=True, num_samples=100 * BATCH_SIZE)
     loader = DataLoader(data, BATCH_SIZE, sampler=sampler)
-    model = network()
+    model = digits_network()
     optimizer = torch.optim.SGD(
         model.parameters(), LEARNING_RATE, momentum=momentum, weight_decay=WEIGHT_DECAY
     )

@@ -21,7 +21,7 @@ from sgd_probe.result import WindowResult
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
 LEARNING_RATE = 0.1
@@ -146,6 +146,22 @@ def digits_loader(shuffle: bool = False) -> DataLoader[Any]:
     return DataLoader(data, batch_size=BATCH_SIZE, sampler=sampler)
 
 
+def digits_network() -> nn.Module:
+    """A convolutional network of 1,898 weights for images of 8 x 8 pixels."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
 def digits_module(
     approach_steps: int, losses: list[float], learning_rate: float = LEARNING_RATE
 ) -> LightningModule:
@@ -160,16 +176,7 @@ def digits_module(
     class DigitsModule(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.network = nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1),
-                nn.Tanh(),
-                nn.AvgPool2d(2),
-                nn.Conv2d(8, 16, 3, padding=1),
-                nn.Tanh(),
-                nn.AvgPool2d(2),
-                nn.Flatten(),
-                nn.Linear(64, 10),
-            )
+            self.network = digits_network()
             self.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -138,7 +138,5 @@ class FiniteDifferenceOperator(HessianOperator):
 
     def _gradient(self, piece: CurvatureBatch, shift: Tensor | None = None) -> Tensor:
         """Its gradient with the weights shifted: a new tensor."""
-        parts = None if shift is None else self.space.split(shift)
-        evaluation = self._aliased.evaluate(self.space, piece, parts)
-        self._check_reach(evaluation.loss)
+        evaluation = self._evaluation(piece, shift)
         return self.space.flatten(self._aliased.differentiate(evaluation, (evaluation.loss,)))

@@ -205,10 +205,14 @@ class HessianOperator:
 
     def _value(self, piece: CurvatureBatch, shift: Tensor | None = None) -> float:
         """Its loss, with the weights shifted."""
+        return float(self._evaluation(piece, shift).loss.detach())
+
+    def _evaluation(self, piece: CurvatureBatch, shift: Tensor | None = None) -> Evaluation:
+        """Its loss as a function of the weights, shifted, where it reaches them by the module alone."""
         parts = None if shift is None else self.space.split(shift)
         evaluation = self._aliased.evaluate(self.space, piece, parts)
         self._check_reach(evaluation.loss)
-        return float(evaluation.loss.detach())
+        return evaluation
 
     @property
     def parts_of_batch(self) -> int:
@@ -263,8 +267,7 @@ class HessianOperator:
         return graph
 
     def _build(self, piece: CurvatureBatch) -> _Graph:
-        evaluation = self._aliased.evaluate(self.space, piece)
-        self._check_reach(evaluation.loss)
+        evaluation = self._evaluation(piece)
         gradient = self._aliased.differentiate(
             evaluation, (evaluation.loss,), create_graph=True, materialize_grads=True
         )

@@ -247,8 +247,13 @@ print(json.dumps({
 
 
 def _interrupted(folder: Path, kind: str) -> Any:
+    return _found_by([sys.executable, "-c", INTERRUPTED, str(folder), kind])
+
+
+def _found_by(command: list[str]) -> Any:
+    """What a process of its own prints as a line of JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(folder), kind],
+        command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -317,18 +322,7 @@ def _full(folder: Path, kind: str, elsewhere: Path, *before: str) -> Any:
     folder.mkdir(exist_ok=True)
     elsewhere.mkdir()
     run = [sys.executable, "-c", FULL, str(folder), kind, str(elsewhere)]
-    done = subprocess.run(
-        [*before, *run],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    line = next((row for row in done.stdout.splitlines() if row.startswith("{")), None)
-    assert line is not None, done.stderr
-    return json.loads(line)
+    return _found_by([*before, *run])
 
 
 def _check_full(found: Any, word: str, elsewhere: Path) -> None:
