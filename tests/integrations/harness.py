@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,13 @@ from torchmetrics import Metric
 
 from sgd_probe import SGDProbe
 
+#: What is taken down before and after every training step.
+NOTED = ("place", "batch", "outputs", "random numbers", "weights", "gradients")
 PACKAGES = {"pytorch_lightning": pytorch_lightning, "lightning.pytorch": lightning.pytorch}
+
+
+def _no_checksums() -> array[int]:
+    return array("L")
 
 
 @dataclass
@@ -30,18 +37,19 @@ class Fingerprint:
 
     Attributes:
         values: plain data by name.
-        trace: two rows of checksums a batch, before and after its training step.
+        trace: two rows of checksums a batch, of what is NOTED before and after its training step, one after
+            the other.
         rows: what the user logged, with the step of each row.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    trace: list[dict[str, int]] = field(default_factory=list)
+    trace: array[int] = field(default_factory=_no_checksums)
     rows: list[tuple[int | None, dict[str, Any]]] = field(default_factory=list)
 
     def assert_equal(self, other: Fingerprint) -> None:
         for index, (mine, its) in enumerate(zip(self.trace, other.trace, strict=False)):
-            for name, value in mine.items():
-                assert value == its[name], f"{name} differs at batch {index // 2}"
+            row, column = divmod(index, len(NOTED))
+            assert mine == its, f"{NOTED[column]} differs at batch {row // 2}"
         assert len(self.trace) == len(other.trace)
         assert self.values.keys() == other.values.keys()
         for name, value in self.values.items():
@@ -113,7 +121,7 @@ def witness(package: str) -> Any:
 
     class Witness(PACKAGES[package].Callback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.trace: list[dict[str, int]] = []
+            self.trace = _no_checksums()
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self._note(trainer, pl_module, batch, batch_idx, None)
@@ -124,16 +132,15 @@ def witness(package: str) -> Any:
             self._note(trainer, pl_module, batch, batch_idx, outputs)
 
         def _note(self, trainer: Any, module: Any, batch: Any, batch_idx: int, outputs: Any) -> None:
-            self.trace.append(
-                {
-                    "place": digest([batch_idx, trainer.global_step, trainer.current_epoch]),
-                    "batch": digest(batch),
-                    "outputs": digest(outputs),
-                    "random numbers": digest(generators()),
-                    "weights": digest(list(module.state_dict().values())),
-                    "gradients": digest([p.grad for p in module.parameters()]),
-                }
+            noted = (
+                [batch_idx, trainer.global_step, trainer.current_epoch],
+                batch,
+                outputs,
+                generators(),
+                list(module.state_dict().values()),
+                [p.grad for p in module.parameters()],
             )
+            self.trace.extend(map(digest, noted))
 
     return Witness()
 

@@ -14,8 +14,8 @@ from tests.integrations.harness import PACKAGES, RecordingDataset, fit, loader, 
 
 WINDOWS, PERIOD = 50, 50
 #: Room for the results of forty windows, which the callback keeps, and their rows in the test's own logger:
-#: about 0.1 MB a window.
-SLACK_MEGABYTES = 7.0
+#: about 0.07 MB a window.
+SLACK_MEGABYTES = 5.0
 
 
 def data() -> Any:
