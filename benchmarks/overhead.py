@@ -76,10 +76,9 @@ class Watch:
         )
         space = self.engine.space
         size, optimizer = space.size, read_optimizer(loop.optimizer, space.parameters)
-        vectors = torch.randn(directions, size) / size**0.5
-        images = torch.randn(2, FLAT, size) / size**0.5
+        rows = torch.randn(directions + 2 * FLAT, size) / size**0.5
         nothing: Any = (None,) * directions
-        basis = ModeBasis(vectors, nothing, 0, 1.0, 0.0, True, "", images=images)
+        basis = ModeBasis(rows, nothing, 0, 1.0, 0.0, True, "")
         self.window = Window(
             index=0,
             opened_at_step=0,
@@ -98,26 +97,24 @@ class Watch:
             radial=(),
             statistics=WindowStatistics.empty(directions, 10**6),
             joint=JointStatistics.empty(directions - FLAT),
-            projector=Projector(vectors, space.parameters, images=images),
+            projector=Projector(rows, space.parameters, modes=directions),
         )
         self.engine._window = self.window
-        self.matrices = vectors, images
+        self.rows = rows
         self.vector = torch.randn(size)
         #: So many steps are projected together; what they cost is shared between them.
-        self.together = steps_together(vectors.element_size() * size)
+        self.together = steps_together(rows.element_size() * size)
 
     def observe(self) -> None:
         self.engine.observe()
 
     def sum(self) -> None:
         """Read what there is to read, and do as little as possible with it."""
-        for matrix in self.matrices:
-            matrix.sum()
+        self.rows.sum()
 
     def product(self) -> None:
         """The same, and do what one vector needs."""
-        for matrix in self.matrices:
-            matrix @ self.vector
+        self.rows @ self.vector
 
     def parts(self) -> dict[str, float]:
         """Median seconds a step of what it consists of."""

@@ -70,12 +70,16 @@ class Certification:
 
 
 def certify(
-    operator: HessianOperator, vectors: Tensor, top: int = 0, with_overlap: bool = True
+    operator: HessianOperator,
+    vectors: Tensor,
+    top: int = 0,
+    with_overlap: bool = True,
+    images: Tensor | None = None,
 ) -> Certification:
     """Certify directions; one product (over all batches of the operator) each.
 
-    Two more vectors are held meanwhile, two for each direction that is no top one (which stay, as images)
-    and, for the overlap, two for each top one.
+    Two more vectors are held meanwhile, two for each direction that is no top one (the images) and, for the
+    overlap, two for each top one.
 
     Args:
         operator: over batches disjoint from those that found the directions.
@@ -83,15 +87,16 @@ def certify(
         top: how many of the first rows are eigenvectors and span the top subspace; the others are mixtures
             whose curvature is weighted by noise.
         with_overlap: ask how well the samples settle the top subspace.
+        images: where to leave those, shape (2, mixed, size); in memory of their own by default.
     """
     enough = len(operator.batches) >= MIN_BATCHES
     with_overlap = with_overlap and len(operator.batches) > 1 and top > 0
     halves = [vectors.new_empty((top if with_overlap else 0, vectors.shape[1])) for _ in range(2)]
-    mixed = vectors.new_empty((2, len(vectors) - top, vectors.shape[1]))
-    images: list[_Images] = []
+    mixed = vectors.new_empty((2, len(vectors) - top, vectors.shape[1])) if images is None else images
+    seen: list[_Images] = []
     for index, vector in enumerate(vectors):
         image, parts = _images(operator, vector, with_gradients=enough and index >= top)
-        images.append(image)
+        seen.append(image)
         if index >= top:
             for half, part in zip(mixed, parts, strict=True):
                 half[index - top] = part
@@ -105,12 +110,12 @@ def certify(
     halves.clear()
     weighted = [(math.nan, math.nan)] * len(vectors)
     if enough and top < len(vectors):
-        weighted[top:] = _noise_weighted(operator, images[top:], mixed)
-    certificates = tuple(_certificate(i, *w) for i, w in zip(images, weighted, strict=True))
+        weighted[top:] = _noise_weighted(operator, seen[top:], mixed)
+    certificates = tuple(_certificate(i, *w) for i, w in zip(seen, weighted, strict=True))
     if len(operator.batches) < 2 or top == len(vectors):
         return Certification(certificates, overlap, held_out)
     # From parts of a weighted sum to means.
-    even = sum(images[0].weights[::2])
+    even = sum(seen[0].weights[::2])
     mixed[0].div_(even)
     mixed[1].div_(1 - even)
     return Certification(certificates, overlap, held_out, mixed)

@@ -133,6 +133,18 @@ class KrylovBasis:
         chosen = [self[index] for index in range(start, stop)]
         return torch.stack(chosen) if chosen else self.like.new_empty((0, self._size))
 
+    def with_room(self, rows: int) -> Tensor:
+        """The vectors, and behind them rows for others: one contiguous matrix, a view of the first block.
+
+        Raises:
+            ValueError: the first block is not as large.
+        """
+        if not self._blocks or self._count + rows > self._first:
+            raise ValueError(
+                f"expected a first block of {self._count + rows} rows, found one of {self._first}"
+            )
+        return self._blocks[0][: self._count + rows]
+
     @property
     def rows_held(self) -> int:
         """Vectors that memory is taken for."""

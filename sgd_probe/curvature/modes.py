@@ -60,10 +60,11 @@ class Mode:
 
 @dataclass(frozen=True)
 class ModeBasis:
-    """Directions as rows of one contiguous matrix, and what is known of each.
+    """Directions and what is known of each.
 
     Attributes:
-        vectors: orthonormal rows, shape (k, size), in the order of ``modes``.
+        rows: the directions and behind them their images, as one contiguous matrix: what a step is projected
+            on is read at one go.
         modes: the top modes by descending |eigenvalue|, the interior ones likewise, then the flat
             directions.
         products: Hessian-vector products spent, certification included.
@@ -72,11 +73,10 @@ class ModeBasis:
         orthogonality: largest |v_i . v_j|.
         converged: every top mode is within the tolerance.
         message: why the solver stopped.
-        images: two held-out estimates of Hv of every direction that is no top one, shape (2, rows, size).
         density: of the spectrum on the finding batches, as the search saw it; None without flat directions.
     """
 
-    vectors: Tensor
+    rows: Tensor
     modes: tuple[Mode, ...]
     products: int
     split_half_overlap: float
@@ -84,8 +84,17 @@ class ModeBasis:
     converged: bool
     message: str
     held_out_overlap: float = math.nan
-    images: Tensor | None = None
     density: SeenDensity | None = None
+
+    @property
+    def vectors(self) -> Tensor:
+        """Orthonormal rows, shape (k, size), in the order of ``modes``."""
+        return self.rows[: len(self.modes)]
+
+    @property
+    def images(self) -> Tensor | None:
+        """Two held-out estimates of Hv of every direction that is no top one, shape (2, mixed, size)."""
+        return _halves(self.rows[len(self.modes) :])
 
     @property
     def lambda_max(self) -> float:
@@ -128,13 +137,16 @@ def find_modes(
         on_product: called with the number of products so far.
     """
     like = torch.empty(0, dtype=finding.space.dtype, device=finding.home)
+    # The directions come to lie side by side in the first block of the Krylov basis, and their images behind
+    # them; one batch has no halves to take images of.
+    halves = 2 if len(certifying.batches) > 1 else 0
     stiff = lanczos(
         finding,
         top,
         like,
         tolerance=tolerance,
         max_vectors=max_vectors,
-        beside=interior + flat,
+        beside=(1 + halves) * (interior + flat),
         start=start,
         generator=generator,
         on_product=on_product,
@@ -158,12 +170,13 @@ def find_modes(
         generator=generator,
         on_product=report,
     )
-    # The directions come to lie side by side in the basis's first block; the rest of it serves the
-    # certification, and so do the graphs.
+    # The memory of the other blocks, and of the graphs, serves the certification.
     krylov, known = stiff.krylov, len(stiff.vectors) + len(between.vectors)
     krylov.bring_forward(known, range(len(krylov) - len(valley.vectors), len(krylov)))
     krylov.truncate(known + len(valley.vectors))
     vectors = krylov.matrix()
+    top_rows = len(stiff.vectors)
+    rows = krylov.with_room(halves * (len(vectors) - top_rows))
     finding.close()
     scale = max(float(stiff.eigenvalues.abs().max()), torch.finfo(torch.float64).tiny)
     spread = (valley.product_norms.square() - valley.rayleigh_quotients.square()).clamp_min(0).sqrt() / scale
@@ -172,9 +185,9 @@ def find_modes(
         *_found("interior", between.ritz_values, between.residuals, between.converged, between.quadratures),
         *_found("flat", valley.rayleigh_quotients, spread, spread <= tolerance, valley.quadratures),
     ]
-    top_rows = len(stiff.vectors)
     roomy = max_vectors is None or 2 * top_rows + len(vectors) <= max_vectors
-    certification = certify(certifying, vectors, top=top_rows, with_overlap=roomy)
+    images = _halves(rows[len(vectors) :])
+    certification = certify(certifying, vectors, top=top_rows, with_overlap=roomy, images=images)
     modes = tuple(
         Mode(
             name=f"{row.kind}_{row.rank:02d}",
@@ -189,7 +202,7 @@ def find_modes(
         for row, certificate, vector in zip(found, certification.certificates, vectors, strict=True)
     )
     return ModeBasis(
-        vectors=vectors,
+        rows=rows,
         modes=modes,
         products=stiff.products + between.products + valley.products + len(vectors),
         split_half_overlap=certification.split_half_overlap,
@@ -197,11 +210,15 @@ def find_modes(
         converged=stiff.converged,
         message=stiff.message,
         held_out_overlap=certification.held_out_overlap,
-        images=certification.images,
         density=seen_density(
             between.kept, valley.rayleigh_quotients.tolist(), valley.seen, finding.space.dimension
         ),
     )
+
+
+def _halves(rows: Tensor) -> Tensor | None:
+    """Rows of two estimates, one after the other, shape (2, rows / 2, size); None where there are none."""
+    return rows.view(2, len(rows) // 2, rows.shape[1]) if len(rows) else None
 
 
 @dataclass(frozen=True)

@@ -257,17 +257,16 @@ class Window:
         home = torch.device("cpu") if state.get("on_cpu") else space.device
         device, dtype = space.device, space.dtype
         basis: ModeBasis = values["basis"]
-        images = None if basis.images is None else basis.images.to(home, dtype)
-        values["basis"] = dataclasses.replace(basis, vectors=basis.vectors.to(home, dtype), images=images)
+        values["basis"] = basis = dataclasses.replace(basis, rows=basis.rows.to(home, dtype))
         if state["scaling"] is not None:
             space = dataclasses.replace(space, scaling=state["scaling"].to(device, dtype))
         optimizer: OptimizerState = values["optimizer"]
         projector = Projector(
-            values["basis"].vectors,
+            basis.rows,
             space.parameters,
             None if space.scaling is None else space.scaling.to(home),
             optimizer.decay_is_preconditioned,
-            images,
+            len(basis.modes),
             state["origin"].to(home, dtype),
             part,
             space.reduce,

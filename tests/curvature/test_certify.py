@@ -241,6 +241,9 @@ def test_images_are_means_over_two_halves_of_the_batches() -> None:
     even, odd = torch.cat([batches[0], batches[2]]).mean(0), batches[1].mean(0)
     torch.testing.assert_close(found[0], even[:, 1:3].T)
     torch.testing.assert_close(found[1], odd[:, 1:3].T)
+    room = torch.full_like(found, torch.nan)
+    assert certify(operator_over(batches), vectors, top=1, images=room).images is room
+    torch.testing.assert_close(room, found, rtol=0, atol=0)
     assert certify(operator_over(batches[:1]), vectors, top=1).images is None
     assert certify(operator_over(batches), vectors, top=3).images is None
 

@@ -97,7 +97,8 @@ def test_projections_in_scaled_coordinates(preconditioned: bool, decays: tuple[f
     generator = torch.Generator().manual_seed(7)
     scaling = torch.rand(SIZE, generator=generator, dtype=torch.float64) + 0.5
     images = torch.randn(2, 3, SIZE, generator=generator, dtype=torch.float64)
-    projector = Projector(basis, parameters, scaling, preconditioned, images)
+    rows = torch.cat([basis, *images])
+    projector = Projector(rows, parameters, scaling, preconditioned, len(basis))
     move(parameters)
     give_gradients(parameters)
     found = project(projector, decays)
@@ -124,7 +125,8 @@ def test_steps_that_wait_are_projected_as_one_by_one(count: int, decays: tuple[f
     """Each as it was when it was taken, a missing gradient and all; none is remembered afterwards."""
     basis, parameters = make(torch.float64)
     images = torch.randn(2, 3, SIZE, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    together, alone = (Projector(basis, parameters, images=images) for _ in range(2))
+    rows = torch.cat([basis, *images])
+    together, alone = (Projector(rows, parameters, modes=len(basis)) for _ in range(2))
     for _ in range(2):
         expected = []
         for step in range(count):
