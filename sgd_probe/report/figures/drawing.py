@@ -1,7 +1,7 @@
 """A figure as the plain data that Plotly draws, put together without Plotly.
 
-Plotly's own classes check every property that they are given, which takes ten times as long as all the rest of a
-figure. Figures are drawn while a training waits, and a test has Plotly check each of them; so they do without.
+Plotly's own classes check every property that they are given, which takes ten times as long as all the rest
+of a figure. Figures are drawn while a training waits, so they do without; a test has Plotly check them all.
 """
 
 from __future__ import annotations

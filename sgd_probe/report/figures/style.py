@@ -57,9 +57,7 @@ class Figure:
         return go.Figure(self.drawing.to_plotly_json())
 
 
-def canvas(
-    x_title: str, y_title: str, *, entries: int, entry_width: int = 128, height: int = 420
-) -> Drawing:
+def canvas(x_title: str, y_title: str, *, entries: int, entry_width: int = 128, height: int = 420) -> Drawing:
     """An empty figure in the common style, ``height`` pixels high plus its legend.
 
     ``layout.meta.narrow_height`` is the height that a narrow screen needs, in pixels.
@@ -139,9 +137,7 @@ def window_axis(results: Sequence[WindowResult]) -> dict[str, object]:
     }
 
 
-def with_empty_note(
-    plot: Drawing, content: Sequence[object], note: str = "nothing was measured"
-) -> Drawing:
+def with_empty_note(plot: Drawing, content: Sequence[object], note: str = "nothing was measured") -> Drawing:
     """Say so where there is nothing to draw."""
     if not content:
         plot.update_xaxes(showticklabels=False, showgrid=False)
