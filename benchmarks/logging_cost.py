@@ -2,9 +2,9 @@
 
 The demo trains with W&B offline; every call of every sink is timed, with what it imports. All of it, while it
 trains and when the fit ends, is put beside the bar of 1% of the training: by the seconds that pass, and by
-those that the processors work (all threads of this process), which other programs disturb less. Then the last
-window is logged again and again, into offline runs that hold scalars only, or figures only, whose size on disk
-says what a window takes. What came out is in docs/wandb.md.
+those that the processors work (all threads of this process), which other programs disturb less. Then the
+last window is logged again and again, into offline runs that hold scalars only, or figures only, whose size
+on disk says what a window takes. What came out is in docs/wandb.md.
 """
 
 from __future__ import annotations
