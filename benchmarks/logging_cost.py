@@ -30,8 +30,6 @@ from sgd_probe.sinks.wandb import WandbFigures, WandbRun, WandbSink
 #: Times that each window is logged again, so that what a run takes by itself does not count.
 REPEATS = 25
 INFO = RunInfo(name="sgd_probe", config={}, plan=(), versions={})
-
-
 #: All logging together shall take less than this share of the training.
 BAR = 0.01
 TRAINING, END = "while it trains", "when the fit ends"
