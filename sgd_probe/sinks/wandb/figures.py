@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 #: Drawing and logging take at most this share of the time, the first and the last set apart.
 FIGURE_SHARE = 0.002
 #: Seconds between two sets at the least.
-MIN_SECONDS = 30.0
+MIN_SECONDS = 60.0
 #: Keys of the panels; a figure that is not in this list is logged all the same.
 FIGURES = (
     "spectrum",
