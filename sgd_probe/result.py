@@ -8,6 +8,7 @@ is NaN (``null`` in JSON), never a stand-in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -387,7 +388,7 @@ class WindowResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; non-finite numbers become ``None``."""
-        plain = _plain(dataclasses.asdict(self))
+        plain = _plain(self)
         assert isinstance(plain, dict)
         return {"schema": SCHEMA_VERSION, **plain}
 
@@ -424,16 +425,25 @@ class WindowResult:
 
 
 def _plain(value: Any) -> Any:
-    """Reduce ``dataclasses.asdict`` output to strict JSON types."""
+    """Reduce a result, or a part of one, to strict JSON types."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, StrEnum):
+        return value.value
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, StrEnum):
-        return value.value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    cls: type = type(value)
+    if dataclasses.is_dataclass(cls):
+        return {name: _plain(getattr(value, name)) for name in _kinds(cls)}
     return value
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, str]:
+    """The fields of a class and the types that they are written with."""
+    return {f.name: str(f.type) for f in dataclasses.fields(cls)}
 
 
 _KINDS: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
@@ -443,7 +453,7 @@ def _fields(cls: type, values: Any) -> dict[str, Any]:
     """Check the plain fields of a class and its intervals; a float field that reads ``null`` is NaN."""
     if not isinstance(values, Mapping):
         raise TypeError(f"{cls.__name__} should be an object, not {values!r}")
-    kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    kinds = _kinds(cls)
     return {key: _read(kinds.get(key, ""), key, value) for key, value in values.items()}
 
 

@@ -35,7 +35,7 @@ DEFAULT_MAX_VECTOR_BYTES = 64 * 2**20
 
 
 #: Share of a training's time that goes into pages while it runs; and seconds that the first of them may take.
-REPORT_SHARE, FIRST_REPORT = 0.01, 2.0
+REPORT_SHARE, FIRST_REPORT = 0.002, 0.4
 
 
 class FolderSink:

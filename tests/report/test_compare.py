@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,10 @@ def test_figures_tell_runs_apart_by_colour_and_symbol(tmp_path: Path) -> None:
         markers = [(trace.marker.color, trace.marker.symbol) for trace in figure.plot.data]
         assert len({colour for colour, _ in markers}) == len({symbol for _, symbol in markers}) == 3
         assert [trace.name for trace in figure.plot.data] == list(found.runs)
-    assert list(compared_verdicts(found.last).plot.layout.xaxis.ticktext) == list(found.runs)
-    scaling = diffusion_scaling(found.diffusion)
+    verdicts, scaling = compared_verdicts(found.last), diffusion_scaling(found.diffusion)
+    for figure in (compared_spectra(found.last), compared_noise(found.last), verdicts, scaling):
+        assert json.loads(figure.plot.to_json()) == json.loads(figure.drawing.to_json())
+    assert list(verdicts.plot.layout.xaxis.ticktext) == list(found.runs)
     means = {trace.name: trace for trace in scaling.plot.data if trace.name}
     assert means["eta_0.05"].x == (0.05,) and means["eta_0.05"].y[0] == pytest.approx(0.05, rel=0.1)
     assert list(means["the theory: η"].x) == list(means["the theory: η"].y)

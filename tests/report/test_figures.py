@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from sgd_probe.report.figures import (
+    Drawing,
     Figure,
     all_figures,
     autocorrelation,
@@ -28,6 +29,7 @@ from sgd_probe.report.figures import (
     spectrum,
     verdict_timeline,
 )
+from sgd_probe.report.figures.drawing import scatter
 from sgd_probe.report.wording import VERDICT_STYLES, headline, interval, number, plus_minus
 from sgd_probe.result import Interval, LagPoint, LossSlice, Verdict, WindowResult
 from tests.helpers.results import make_mode, make_window, without_numbers
@@ -48,7 +50,7 @@ OF_A_WINDOW = [spectrum, displacement, noise, diffusion, loss_slices, layers, de
 
 def traces(figure: Figure) -> dict[str, dict[str, Any]]:
     """The figure's named traces as they reach the browser."""
-    return {trace["name"]: trace for trace in json.loads(figure.plot.to_json())["data"] if "name" in trace}
+    return {trace["name"]: trace for trace in json.loads(figure.drawing.to_json())["data"] if "name" in trace}
 
 
 def test_every_figure_says_what_it_shows_in_which_units_and_how_to_read_it() -> None:
@@ -63,23 +65,28 @@ def test_every_figure_says_what_it_shows_in_which_units_and_how_to_read_it() -> 
     assert "weight² / optimizer step" in titles["diffusion"]
 
 
-@pytest.mark.parametrize(
-    "windows",
-    [
-        [make_window(modes=())],
-        [make_window(modes=(make_mode(),))],
-        [make_window(modes=tuple(without_numbers(mode) for mode in make_window().modes))],
-        [make_window(modes=(make_mode(displacements=()),)), make_window(1)],
-        [make_window(i, seed=i) for i in range(60)],
-        [replace(make_window(), curvature=replace(make_window().curvature, lambda_max=-math.inf))],
-    ],
-    ids=["no mode", "one mode", "no number", "no displacement", "many windows", "infinite"],
-)
+UNUSUAL = {
+    "no mode": [make_window(modes=())],
+    "one mode": [make_window(modes=(make_mode(),))],
+    "no number": [make_window(modes=tuple(without_numbers(mode) for mode in make_window().modes))],
+    "no displacement": [make_window(modes=(make_mode(displacements=()),)), make_window(1)],
+    "many windows": [make_window(i, seed=i) for i in range(60)],
+    "infinite": [replace(make_window(), curvature=replace(make_window().curvature, lambda_max=-math.inf))],
+}
+
+
+@pytest.mark.parametrize("windows", UNUSUAL.values(), ids=UNUSUAL)
 def test_no_result_breaks_a_figure(windows: list[WindowResult]) -> None:
+    """JSON is strict, and Plotly, which checks every property, finds nothing to object to or to add."""
     for figure in all_figures(windows):
-        text = figure.plot.to_json()
-        assert "NaN" not in text
-        assert "Infinity" not in text
+        assert json.loads(figure.plot.to_json()) == json.loads(figure.drawing.to_json())
+
+
+def test_a_number_that_is_not_finite_is_no_json() -> None:
+    drawing = Drawing({})
+    drawing.add_trace(scatter(x=[math.nan]))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        drawing.to_json()
 
 
 @pytest.mark.parametrize("draw", OF_A_WINDOW)
@@ -368,4 +375,14 @@ def test_headline_counts_every_verdict_in_plain_words() -> None:
 
 def test_importing_the_package_and_the_command_line_brings_neither_plotly_nor_torch() -> None:
     code = "import sys, sgd_probe, sgd_probe.cli; assert not {'plotly', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_drawing_does_without_plotly() -> None:
+    code = (
+        "import sys; from sgd_probe.report.figures import all_figures; "
+        "from tests.helpers.results import make_window; "
+        "[figure.drawing.to_json() for figure in all_figures([make_window()])]; "
+        "assert 'plotly' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sgd_probe import SGDProbe, WindowResult, find_flags, wandb_workspace
-from sgd_probe.report.figures import all_figures
+from sgd_probe.report.figures import Figure, all_figures
 from sgd_probe.sinks import RunInfo, SinkGroup, Vectors, scalars
 from sgd_probe.sinks.wandb import WandbRun, wandb_sinks
 from sgd_probe.sinks.wandb.alerts import WandbAlerts
@@ -364,6 +364,42 @@ def test_figures_keep_to_their_share_of_the_time(run_info: RunInfo) -> None:
     sink.finish()
     sink.finish()
     assert [row[STEP] for row in stub.rows] == [make_window(i).closed_at_step - 1 for i in (0, 26, 52, 59)]
+
+
+def test_figures_reach_the_client_as_they_are_without_plotly(
+    run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Figure, "plot", property(lambda figure: pytest.fail("Plotly was asked")))
+    assert logged_once(run_info) == {
+        f.name: json.loads(f.drawing.to_json()) for f in all_figures(RESULTS[:1])
+    }
+
+
+def test_a_client_that_insists_on_plotly_gets_its_figures(
+    run_info: RunInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plotly.graph_objects import Figure as PlotlyFigure
+
+    class Strict(wandb.Plotly):  # type: ignore[misc]
+        def __init__(self, figure: Any) -> None:
+            if not isinstance(figure, PlotlyFigure):
+                raise ValueError("Logged plots must be plotly figures")
+            super().__init__(figure)
+
+    monkeypatch.setattr(wandb, "Plotly", Strict)
+    assert logged_once(run_info) == {
+        f.name: json.loads(f.drawing.to_json()) for f in all_figures(RESULTS[:1])
+    }
+
+
+def logged_once(run_info: RunInfo) -> dict[str, Any]:
+    """The figures of a window, by name, as the client would send them."""
+    sink = WandbFigures(as_logger(stub := Stub()))
+    sink.start(run_info)
+    sink.write(RESULTS[0], {})
+    (row,) = stub.rows
+    names = {figure_key(name): name for name in FIGURES}
+    return {names[key]: json.loads(Path(row[key]._path).read_text()) for key in names}
 
 
 def test_alerts_that_come_too_soon_are_told_together(run_info: RunInfo) -> None:

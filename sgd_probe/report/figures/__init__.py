@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sgd_probe.report.figures.drawing import Drawing
 from sgd_probe.report.figures.dynamics import diffusion, displacement
 from sgd_probe.report.figures.layers import layers
 from sgd_probe.report.figures.noise import autocorrelation, noise
@@ -18,6 +19,7 @@ from sgd_probe.report.figures.valley import loss_slices
 from sgd_probe.result import WindowResult
 
 __all__ = [
+    "Drawing",
     "Figure",
     "all_figures",
     "autocorrelation",

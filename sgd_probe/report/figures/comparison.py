@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, scatter
 from sgd_probe.report.figures.points import Quantity, bare, curvature, points
 from sgd_probe.report.figures.style import (
     CURVATURE_AXIS,
@@ -42,7 +41,7 @@ def compared_spectra(runs: Mapping[str, WindowResult]) -> Figure:
         ticktext=[text(name) for name in names],
         range=[-0.6, len(names) - 0.4],
     )
-    plot.update_yaxes(log_axis(curvature(m).value for r in runs.values() for m in r.modes))
+    plot.update_yaxes(**log_axis(curvature(m).value for r in runs.values() for m in r.modes))
     return Figure(
         "compared_spectra",
         "Curvature of each direction",
@@ -58,8 +57,8 @@ def compared_noise(runs: Mapping[str, WindowResult]) -> Figure:
     modes = [mode for result in runs.values() for mode in result.modes]
     plot = canvas(CURVATURE_AXIS, "noise variance (loss / weight)²", entries=len(runs), entry_width=_LEGEND)
     plot.add_traces(_by_run(runs, curvature, lambda mode: mode.noise_variance))
-    plot.update_xaxes(log_axis(curvature(mode).value for mode in modes))
-    plot.update_yaxes(log_axis(mode.noise_variance.value for mode in modes))
+    plot.update_xaxes(**log_axis(curvature(mode).value for mode in modes))
+    plot.update_yaxes(**log_axis(mode.noise_variance.value for mode in modes))
     return Figure(
         "compared_noise",
         "Gradient noise against curvature",
@@ -94,7 +93,7 @@ def diffusion_scaling(runs: Mapping[str, RunDiffusion]) -> Figure:
     if rates:
         ends = [min(rates) / 1.5, max(rates) * 1.5]
         plot.add_trace(
-            go.Scatter(
+            scatter(
                 x=ends,
                 y=ends,
                 name="the theory: η",
@@ -104,7 +103,7 @@ def diffusion_scaling(runs: Mapping[str, RunDiffusion]) -> Figure:
             )
         )
     plot.update_xaxes(type="log", tickvals=sorted({float(f"{rate:.3g}") for rate in rates}))
-    plot.update_yaxes(log_axis(run.per_noise.value for run in known.values()))
+    plot.update_yaxes(**log_axis(run.per_noise.value for run in known.values()))
     return Figure(
         "diffusion_scaling",
         "D against the learning rate",
@@ -120,7 +119,7 @@ def diffusion_scaling(runs: Mapping[str, RunDiffusion]) -> Figure:
     )
 
 
-def _by_run(runs: Mapping[str, WindowResult], x: Quantity, y: Quantity) -> list[go.Scatter]:
+def _by_run(runs: Mapping[str, WindowResult], x: Quantity, y: Quantity) -> list[Trace]:
     traces = []
     for index, (name, result) in enumerate(runs.items()):
         marker = {"symbol": _of(_SYMBOLS, index), "size": 9, "color": _of(_COLOURS, index)}
@@ -128,11 +127,11 @@ def _by_run(runs: Mapping[str, WindowResult], x: Quantity, y: Quantity) -> list[
     return traces
 
 
-def _scaled(name: str, run: RunDiffusion, index: int) -> list[go.Scatter]:
+def _scaled(name: str, run: RunDiffusion, index: int) -> list[Trace]:
     colour, symbol = _of(_COLOURS, index), _of(_SYMBOLS, index)
     single = [_per_noise(mode) for mode in run.modes]
     return [
-        go.Scatter(
+        scatter(
             x=[run.rate * 1.03] * len(single),
             y=finite(single),
             mode="markers",
@@ -144,7 +143,7 @@ def _scaled(name: str, run: RunDiffusion, index: int) -> list[go.Scatter]:
             ],
             hoverinfo="text",
         ),
-        go.Scatter(
+        scatter(
             x=[run.rate],
             y=[run.per_noise.value],
             error_y=bars([run.per_noise]),

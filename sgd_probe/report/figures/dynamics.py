@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, scatter
 from sgd_probe.report.figures.points import bare, by_verdict, curvature, in_words, points
 from sgd_probe.report.figures.style import (
     CURVATURE_AXIS,
@@ -48,7 +47,7 @@ def displacement(result: WindowResult) -> Figure:
         plot.add_traces(_traces(mode, rank))
     lags = sorted({point.lag for mode in modes for point in mode.displacements})
     plot.update_xaxes(type="log", tickvals=lags[:: stride(len(lags))], tickangle=0)
-    plot.update_yaxes(log_axis(point.measured.value for mode in modes for point in mode.displacements))
+    plot.update_yaxes(**log_axis(point.measured.value for mode in modes for point in mode.displacements))
     return Figure(
         "displacement",
         "How far the weights get",
@@ -76,8 +75,8 @@ def diffusion(result: WindowResult) -> Figure:
     ):
         marker = {"symbol": symbol, "size": 12, "line": {"width": 2, "color": INK}}
         plot.add_trace(points(modes, lambda m: bare(curvature(m).value), quantity, name, marker))
-    plot.update_xaxes(log_axis(curvature(mode).value for mode in modes))
-    plot.update_yaxes(log_axis(mode.diffusion.value for mode in modes))
+    plot.update_xaxes(**log_axis(curvature(mode).value for mode in modes))
+    plot.update_yaxes(**log_axis(mode.diffusion.value for mode in modes))
     return Figure(
         "diffusion",
         "Diffusion against curvature",
@@ -89,7 +88,7 @@ def diffusion(result: WindowResult) -> Figure:
     )
 
 
-def _traces(mode: ModeResult, rank: int) -> list[go.Scatter]:
+def _traces(mode: ModeResult, rank: int) -> list[Trace]:
     """Measured points and all lines of one mode, switched together in the legend."""
     style = VERDICT_STYLES[mode.verdict]
     measured = [point.measured for point in mode.displacements]
@@ -100,7 +99,7 @@ def _traces(mode: ModeResult, rank: int) -> list[go.Scatter]:
         "visible": True if rank == 0 else "legendonly",
     }
     lines = [
-        go.Scatter(
+        scatter(
             y=finite(map(says, mode.displacements)),
             mode="lines",
             line={"color": style.colour if own else SOFT, "width": 2 if own else 1.4, "dash": dash},
@@ -110,7 +109,7 @@ def _traces(mode: ModeResult, rank: int) -> list[go.Scatter]:
         )
         for _, dash, says, own in _LINES
     ]
-    measurements = go.Scatter(
+    measurements = scatter(
         y=finite(value.value for value in measured),
         error_y=bars(measured),
         mode="markers",
@@ -127,13 +126,13 @@ def _traces(mode: ModeResult, rank: int) -> list[go.Scatter]:
     return [*lines, measurements]
 
 
-def _key() -> list[go.Scatter]:
+def _key() -> list[Trace]:
     """Legend entries that say what points and lines are."""
     key = {"x": [None], "y": [None], "hoverinfo": "skip"}
     return [
-        go.Scatter(name="measured", mode="markers", marker={"color": INK, "size": 8}, **key),
+        scatter(name="measured", mode="markers", marker={"color": INK, "size": 8}, **key),
         *(
-            go.Scatter(
+            scatter(
                 name=name,
                 mode="lines",
                 line={"color": INK if own else SOFT, "width": 1.8, "dash": dash},

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, heatmap
 from sgd_probe.report.figures.style import INK, Figure, canvas, ending, text, with_empty_note
 from sgd_probe.report.wording import VERDICT_STYLES, share
 from sgd_probe.result import ModeResult, Verdict, WindowResult
@@ -52,8 +51,8 @@ def layers(result: WindowResult) -> Figure:
     )
 
 
-def _map(flagged: list[ModeResult], names: list[str], rows: list[list[float]]) -> go.Heatmap:
-    return go.Heatmap(
+def _map(flagged: list[ModeResult], names: list[str], rows: list[list[float]]) -> Trace:
+    return heatmap(
         x=list(range(len(flagged))),
         y=list(range(len(names))),
         z=rows,

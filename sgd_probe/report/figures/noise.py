@@ -6,8 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, scatter
 from sgd_probe.report.figures.points import bare, by_verdict, curvature, curvature_note, in_words
 from sgd_probe.report.figures.style import (
     CURVATURE_AXIS,
@@ -33,8 +32,8 @@ def noise(result: WindowResult) -> Figure:
     line = _proportional_line(result.modes)
     if line is not None:
         plot.add_trace(line)
-    plot.update_xaxes(log_axis(curvature(mode).value for mode in result.modes))
-    plot.update_yaxes(log_axis(mode.noise_variance.value for mode in result.modes))
+    plot.update_xaxes(**log_axis(curvature(mode).value for mode in result.modes))
+    plot.update_yaxes(**log_axis(mode.noise_variance.value for mode in result.modes))
     return Figure(
         "noise",
         "Gradient noise against curvature",
@@ -59,7 +58,7 @@ def autocorrelation(result: WindowResult) -> Figure:
     )
     if told:
         plot.add_trace(
-            go.Scatter(
+            scatter(
                 x=[0],
                 y=[epoch.value],
                 error_y=bars([epoch]),
@@ -73,7 +72,7 @@ def autocorrelation(result: WindowResult) -> Figure:
     if told and math.isfinite(expected):
         by_loader = "independent draws: 0" if expected == 0 else f"−1/(n−1) = {number(expected)}"
         plot.add_trace(
-            go.Scatter(
+            scatter(
                 x=ends,
                 y=[expected, expected],
                 name=by_loader,
@@ -108,7 +107,7 @@ def _epoch_correlation(result: WindowResult) -> Interval:
     return Interval(result.epoch_correlation, math.nan, math.nan)
 
 
-def _proportional_line(modes: Sequence[ModeResult]) -> go.Scatter | None:
+def _proportional_line(modes: Sequence[ModeResult]) -> Trace | None:
     """Noise variance proportional to curvature, through the median ratio."""
     pairs = [(curvature(mode).value, mode.noise_variance.value) for mode in modes]
     drawable = [(x, y) for x, y in pairs if 0 < x < math.inf and 0 < y < math.inf]
@@ -116,7 +115,7 @@ def _proportional_line(modes: Sequence[ModeResult]) -> go.Scatter | None:
         return None
     ratio = statistics.median(y / x for x, y in drawable)
     ends = [min(drawable)[0], max(drawable)[0]]
-    return go.Scatter(
+    return scatter(
         x=ends,
         y=finite(ratio * x for x in ends),
         name="variance ∝ curvature",

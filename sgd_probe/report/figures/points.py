@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, scatter
 from sgd_probe.report.figures.style import bars, finite, hover
 from sgd_probe.report.wording import VERDICT_STYLES, interval, number, plus_minus
 from sgd_probe.result import Interval, ModeKind, ModeResult
@@ -38,7 +37,7 @@ def bare(value: float) -> Interval:
     return Interval(value, math.nan, math.nan)
 
 
-def by_verdict(modes: Sequence[ModeResult], x: Quantity, y: Quantity) -> list[go.Scatter]:
+def by_verdict(modes: Sequence[ModeResult], x: Quantity, y: Quantity) -> list[Trace]:
     """One trace of points per verdict that occurs, in the order of the verdicts."""
     traces = []
     for verdict, style in VERDICT_STYLES.items():
@@ -53,10 +52,10 @@ def by_verdict(modes: Sequence[ModeResult], x: Quantity, y: Quantity) -> list[go
 
 def points(
     modes: Sequence[ModeResult], x: Quantity, y: Quantity, name: str, marker: dict[str, object]
-) -> go.Scatter:
+) -> Trace:
     """One trace of points with their intervals."""
     xs, ys = [x(mode) for mode in modes], [y(mode) for mode in modes]
-    return go.Scatter(
+    return scatter(
         x=finite(value.value for value in xs),
         y=finite(value.value for value in ys),
         error_x=bars(xs),

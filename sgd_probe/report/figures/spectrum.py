@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import plotly.graph_objects as go
+import numpy as np
 
+from sgd_probe.report.figures.drawing import Trace, heatmap, scatter
 from sgd_probe.report.figures.points import (
     absolute_eigenvalue,
     by_verdict,
@@ -45,6 +46,8 @@ _CURVE_POINTS = 240
 #: Pieces of the width over which a node of the bulk is spread.
 _PARTS = 9
 _MAP_ROWS = 72
+#: White to black in steps that look equal; the browser knows a scale of that name, but the other way round.
+_GREYS = [[i / 8, f"rgb({v},{v},{v})"] for i, v in enumerate((255, 240, 217, 189, 150, 115, 82, 37, 0))]
 #: Below one eigenvalue, where the directions of the window are marked.
 _RUG, _FLOOR = 0.5, 0.3
 
@@ -76,7 +79,7 @@ def spectrum(result: WindowResult) -> Figure:
         ticktext=[text(mode.name) for mode in modes],
         range=[-0.6, len(modes) - 0.4],
     )
-    plot.update_yaxes(log_axis(curvature(mode).value for mode in modes))
+    plot.update_yaxes(**log_axis(curvature(mode).value for mode in modes))
     return Figure(
         "spectrum",
         "Curvature of each direction",
@@ -96,7 +99,7 @@ def density(result: WindowResult) -> Figure:
     counts = _counts(result, axis, grid)
     if counts:
         plot.add_trace(
-            go.Scatter(
+            scatter(
                 x=rounded(grid),
                 y=rounded(max(count, _FLOOR / 10) for count in counts),
                 name="all eigenvalues",
@@ -110,7 +113,7 @@ def density(result: WindowResult) -> Figure:
         )
     plot.add_traces([_marks(modes, verdict, axis, found.lambda_max) for verdict in _present(modes)])
     top = max(counts, default=1.0)
-    plot.update_xaxes(axis.labels())
+    plot.update_xaxes(**axis.labels())
     plot.update_yaxes(type="log", range=[math.log10(_FLOOR), math.log10(max(3 * top, 10.0))], dtick=1)
     told = "." if counts else ". Without near-flat directions no search has seen the bulk of it."
     return Figure(
@@ -134,7 +137,7 @@ def spectra(results: Sequence[WindowResult]) -> Figure:
     if any(columns):
         highest = max(max(column, default=1.0) for column in columns)
         plot.add_trace(
-            go.Heatmap(
+            heatmap(
                 x=list(range(len(results))),
                 y=rounded(grid),
                 z=[
@@ -145,7 +148,7 @@ def spectra(results: Sequence[WindowResult]) -> Figure:
                 ],
                 zmin=math.log10(_FLOOR),
                 zmax=math.log10(max(highest, 10.0)),
-                colorscale="Greys",
+                colorscale=_GREYS,
                 hoverinfo="skip",
                 colorbar=_count_bar(highest),
             )
@@ -154,7 +157,7 @@ def spectra(results: Sequence[WindowResult]) -> Figure:
         placed = [(i, m) for i, result in enumerate(results) for m in result.modes if m.verdict is verdict]
         if placed:
             plot.add_trace(
-                go.Scatter(
+                scatter(
                     x=[column for column, _ in placed],
                     y=rounded(axis.place(mode.held_out_eigenvalue) for _, mode in placed),
                     name=style.label,
@@ -170,7 +173,7 @@ def spectra(results: Sequence[WindowResult]) -> Figure:
                 )
             )
     labels = axis.labels()
-    plot.update_xaxes(window_axis(results))
+    plot.update_xaxes(**window_axis(results))
     plot.update_yaxes(tickvals=labels["tickvals"], ticktext=labels["ticktext"], showgrid=False)
     plot.update_layout(margin={"t": 76})
     modes = [mode for result in results for mode in result.modes]
@@ -260,21 +263,19 @@ def _counts(result: WindowResult, axis: _Axis, grid: Sequence[float]) -> list[fl
         for parts in ((_PARTS if width else 1),)
         for i in range(parts)
     ]
-    nodes, heights = [place for place, _ in spread], [height for _, height in spread]
-    return [
-        sum(
-            h * math.exp(-0.5 * ((place - node) / _KERNEL) ** 2)
-            for node, h in zip(nodes, heights, strict=True)
-        )
-        for place in (grid if nodes else ())
-    ]
+    if not spread:
+        return []
+    nodes, heights = np.array(spread).T
+    kernel = np.exp(-0.5 * ((np.asarray(grid)[:, None] - nodes) / _KERNEL) ** 2)
+    counts: list[float] = (kernel @ heights).tolist()
+    return counts
 
 
 def _present(modes: Sequence[ModeResult]) -> list[Verdict]:
     return [verdict for verdict in VERDICT_STYLES if any(mode.verdict is verdict for mode in modes)]
 
 
-def _marks(modes: Sequence[ModeResult], verdict: Verdict, axis: _Axis, scale: float) -> go.Scatter:
+def _marks(modes: Sequence[ModeResult], verdict: Verdict, axis: _Axis, scale: float) -> Trace:
     """The directions of one verdict below the curve, each with its residual as a bar."""
     style = VERDICT_STYLES[verdict]
     chosen = [mode for mode in modes if mode.verdict is verdict]
@@ -284,7 +285,7 @@ def _marks(modes: Sequence[ModeResult], verdict: Verdict, axis: _Axis, scale: fl
         (axis.place(m.eigenvalue - r), axis.place(m.eigenvalue + r))
         for m, r in zip(chosen, reach, strict=True)
     ]
-    return go.Scatter(
+    return scatter(
         x=finite(places),
         y=[_RUG] * len(chosen),
         error_x={

@@ -6,11 +6,14 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Drawing
 from sgd_probe.report.wording import VERDICT_STYLES, number
 from sgd_probe.result import Interval, ModeKind, ModeResult, WindowResult
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 INK = "#1b1b1b"
 SOFT = "#6b6b6b"
@@ -36,25 +39,60 @@ class Figure:
         name: stable key ("spectrum").
         title: what it shows.
         how_to_read: one sentence that tells what to look for.
-        plot: the Plotly figure.
+        drawing: what Plotly draws, as plain data.
         summary: what is to be seen in it here, in words, for those who do not see it.
     """
 
     name: str
     title: str
     how_to_read: str
-    plot: go.Figure
+    drawing: Drawing
     summary: str = ""
 
+    @property
+    def plot(self) -> go.Figure:
+        """The Plotly figure; Plotly checks it, which takes its time."""
+        import plotly.graph_objects as go
 
-def canvas(
-    x_title: str, y_title: str, *, entries: int, entry_width: int = 128, height: int = 420
-) -> go.Figure:
+        return go.Figure(self.drawing.to_plotly_json())
+
+
+def canvas(x_title: str, y_title: str, *, entries: int, entry_width: int = 128, height: int = 420) -> Drawing:
     """An empty figure in the common style, ``height`` pixels high plus its legend.
 
     ``layout.meta.narrow_height`` is the height that a narrow screen needs, in pixels.
     """
-    axis = {
+    return Drawing(
+        {
+            # What the template "none" of Plotly's package stands for: the browser's own defaults.
+            "template": {"data": {"scatter": [{"type": "scatter"}]}},
+            "height": height + _legend_height(entries, entry_width, _WIDE),
+            "meta": {"narrow_height": height - 20 + _legend_height(entries, entry_width, _NARROW)},
+            "font": {"family": _FONT, "size": 13, "color": INK},
+            "margin": {"l": 64, "r": 16, "t": 36, "b": 56},
+            "hoverlabel": {"bgcolor": "white", "font": {"color": INK}, "align": "left"},
+            "showlegend": True,
+            "legend": {
+                "orientation": "h",
+                "traceorder": "normal",
+                "xref": "container",
+                "x": 0,
+                "xanchor": "left",
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "entrywidth": entry_width,
+                "font": {"size": 12},
+            },
+            "xaxis": _axis(x_title),
+            "yaxis": _axis(y_title),
+        }
+    )
+
+
+def _axis(title: str) -> dict[str, object]:
+    return {
+        "title": {"text": title, "font": {"size": 13}},
         "gridcolor": _GRID,
         "linecolor": SOFT,
         "showline": True,
@@ -65,31 +103,6 @@ def canvas(
         "automargin": True,
         "tickfont": {"size": 12},
     }
-    plot = go.Figure()
-    plot.update_layout(
-        template="none",
-        height=height + _legend_height(entries, entry_width, _WIDE),
-        meta={"narrow_height": height - 20 + _legend_height(entries, entry_width, _NARROW)},
-        font={"family": _FONT, "size": 13, "color": INK},
-        margin={"l": 64, "r": 16, "t": 36, "b": 56},
-        hoverlabel={"bgcolor": "white", "font": {"color": INK}, "align": "left"},
-        showlegend=True,
-        legend={
-            "orientation": "h",
-            "traceorder": "normal",
-            "xref": "container",
-            "x": 0,
-            "xanchor": "left",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "entrywidth": entry_width,
-            "font": {"size": 12},
-        },
-        xaxis={**axis, "title": {"text": x_title, "font": {"size": 13}}},
-        yaxis={**axis, "title": {"text": y_title, "font": {"size": 13}}},
-    )
-    return plot
 
 
 def _legend_height(entries: int, entry_width: int, width: int) -> int:
@@ -124,9 +137,7 @@ def window_axis(results: Sequence[WindowResult]) -> dict[str, object]:
     }
 
 
-def with_empty_note(
-    plot: go.Figure, content: Sequence[object], note: str = "nothing was measured"
-) -> go.Figure:
+def with_empty_note(plot: Drawing, content: Sequence[object], note: str = "nothing was measured") -> Drawing:
     """Say so where there is nothing to draw."""
     if not content:
         plot.update_xaxes(showticklabels=False, showgrid=False)

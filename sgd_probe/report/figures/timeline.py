@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Drawing, Trace, heatmap, scatter
 from sgd_probe.report.figures.points import signed_eigenvalue
 from sgd_probe.report.figures.style import (
     SOFT,
@@ -30,7 +29,7 @@ _MAX_CELL_TEXT_WINDOWS = 12
 def verdict_timeline(results: Sequence[WindowResult]) -> Figure:
     """The verdict of every mode name in every window as a coloured grid."""
     plot = verdict_grid(results, [steps(result) for result in results], "window, by its first optimizer step")
-    plot.update_xaxes(window_axis(results))
+    plot.update_xaxes(**window_axis(results))
     return Figure(
         "verdicts",
         "Verdicts over the run",
@@ -41,7 +40,7 @@ def verdict_timeline(results: Sequence[WindowResult]) -> Figure:
     )
 
 
-def verdict_grid(results: Sequence[WindowResult], labels: Sequence[str], title: str) -> go.Figure:
+def verdict_grid(results: Sequence[WindowResult], labels: Sequence[str], title: str) -> Drawing:
     """A row per mode name and a column per window, coloured by verdict.
 
     Args:
@@ -55,7 +54,7 @@ def verdict_grid(results: Sequence[WindowResult], labels: Sequence[str], title: 
     cells = [{mode.name: mode for mode in result.modes} for result in results]
     rows = [[window.get(name) for window in cells] for name in names]
     plot.add_trace(
-        go.Heatmap(
+        heatmap(
             x=list(range(len(results))),
             y=list(range(len(names))),
             z=[[order.index(mode.verdict) if mode else None for mode in row] for row in rows],
@@ -102,7 +101,7 @@ def lambda_max(results: Sequence[WindowResult]) -> Figure:
     stiffest = [next((m for m in r.modes if m.kind is ModeKind.TOP), None) for r in results]
     held_out = [signed_eigenvalue(mode) if mode else Interval.unknown() for mode in stiffest]
     plot.add_trace(
-        go.Scatter(
+        scatter(
             x=opened,
             y=finite(found),
             name="largest, on the batches that found it",
@@ -114,7 +113,7 @@ def lambda_max(results: Sequence[WindowResult]) -> Figure:
         )
     )
     plot.add_trace(
-        go.Scatter(
+        scatter(
             x=opened,
             y=finite(h.value for h in held_out),
             error_y=bars(held_out),
@@ -155,7 +154,7 @@ def edge_of_stability(results: Sequence[WindowResult]) -> Figure:
     ]
     blue = VERDICT_STYLES[Verdict.CONFINED].colour
     plot.add_trace(
-        go.Scatter(
+        scatter(
             x=[result.opened_at_step for result in results],
             y=finite(value.value for value in at_start),
             error_y=bars(at_start),
@@ -168,7 +167,7 @@ def edge_of_stability(results: Sequence[WindowResult]) -> Figure:
         )
     )
     plot.add_trace(
-        go.Scatter(
+        scatter(
             x=[result.closed_at_step for result in results],
             y=finite(at_end),
             name="the same direction when it closes",
@@ -181,7 +180,7 @@ def edge_of_stability(results: Sequence[WindowResult]) -> Figure:
     values = [v for v in (*(value.value for value in at_start), *at_end) if math.isfinite(v)]
     ends = [results[0].opened_at_step, results[-1].closed_at_step]
     plot.add_trace(
-        go.Scatter(
+        scatter(
             x=ends,
             y=[1.0, 1.0],
             name="edge of stability",
@@ -222,11 +221,11 @@ def _edge_words(result: WindowResult, share: float) -> str:
     )
 
 
-def _cell_codes(results: Sequence[WindowResult], names: Sequence[str]) -> go.Scatter:
+def _cell_codes(results: Sequence[WindowResult], names: Sequence[str]) -> Trace:
     """The code of each verdict, written on its cell, so that colour does not stand alone."""
     cells = [(column, mode) for column, result in enumerate(results) for mode in result.modes]
     styles = [VERDICT_STYLES[mode.verdict] for _, mode in cells]
-    return go.Scatter(
+    return scatter(
         x=[column for column, _ in cells],
         y=[names.index(mode.name) for _, mode in cells],
         text=[style.code for style in styles],
@@ -243,9 +242,9 @@ def _is_dark(colour: str) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 110
 
 
-def _colour_key(verdict: Verdict) -> go.Scatter:
+def _colour_key(verdict: Verdict) -> Trace:
     style = VERDICT_STYLES[verdict]
-    return go.Scatter(
+    return scatter(
         x=[None],
         y=[None],
         name=f"{style.code}: {style.label}",

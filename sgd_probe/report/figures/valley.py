@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import plotly.graph_objects as go
-
+from sgd_probe.report.figures.drawing import Trace, scatter
 from sgd_probe.report.figures.style import (
     Figure,
     bars,
@@ -52,10 +51,10 @@ def loss_slices(result: WindowResult) -> Figure:
     )
 
 
-def _slice(mode: ModeResult, found: LossSlice) -> go.Scatter:
+def _slice(mode: ModeResult, found: LossSlice) -> Trace:
     style = VERDICT_STYLES[mode.verdict]
     doubts = [Interval(r, r - e, r + e) for r, e in zip(found.rises, found.errors, strict=True)]
-    return go.Scatter(
+    return scatter(
         x=list(found.offsets),
         y=finite(found.rises),
         error_y=bars(doubts),
@@ -85,12 +84,12 @@ def _distance(mode: ModeResult, steps: int) -> tuple[float, str]:
     )
 
 
-def _band(mode: ModeResult, distance: float, words: str) -> list[go.Scatter]:
+def _band(mode: ModeResult, distance: float, words: str) -> list[Trace]:
     """A line along zero as long as the distance to both sides, and its legend entry."""
     style = VERDICT_STYLES[mode.verdict]
     shared: Mapping[str, object] = {"hoverinfo": "skip", "mode": "lines", "legendgroup": f"band {mode.name}"}
     return [
-        go.Scatter(
+        scatter(
             x=[-distance, distance],
             y=[0.0, 0.0],
             line={"color": style.colour, "width": 16},

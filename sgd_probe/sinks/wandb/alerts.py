@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from sgd_probe.flags import Flag, onset_message, raise_flags
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks.base import RunInfo, Vectors
+from sgd_probe.sinks.wandb.pace import Clock, Pace
 from sgd_probe.sinks.wandb.run import WandbRun
 
 #: Seconds between two alerts at the least; onsets meanwhile are told by the next one, or at the end.
@@ -23,14 +23,13 @@ class WandbAlerts:
         clock: seconds.
     """
 
-    def __init__(self, run: WandbRun, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, run: WandbRun, clock: Clock = time.monotonic) -> None:
         self._run = run
-        self._clock = clock
+        self._pace = Pace(MIN_SECONDS, clock=clock)
         self._name = ""
         self._before: tuple[Flag, ...] = ()
         self._onsets = 0
         self._texts: list[str] = []
-        self._due = -float("inf")
 
     def start(self, run: RunInfo) -> None:
         """Take the metric prefix."""
@@ -43,7 +42,7 @@ class WandbAlerts:
         if text:
             self._texts.append(text)
             self._onsets += sum(flag.is_onset for flag in self._before)
-        if self._clock() >= self._due:
+        if self._pace.due:
             self._send()
 
     def finish(self) -> None:
@@ -57,6 +56,6 @@ class WandbAlerts:
         count = f"{self._onsets} directions diffuse" if self._onsets > 1 else "a direction diffuses"
         title = f"{self._name}: {count}"[:_LONGEST_TITLE]
         # The server drops a second alert of the same title within wait_duration, a minute by default.
-        experiment.alert(title=title, text="\n\n".join(self._texts), level="INFO", wait_duration=1)
+        text = "\n\n".join(self._texts)
+        self._pace.do(lambda: experiment.alert(title=title, text=text, level="INFO", wait_duration=1))
         self._texts, self._onsets = [], 0
-        self._due = self._clock() + MIN_SECONDS
