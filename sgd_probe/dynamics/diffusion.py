@@ -145,7 +145,7 @@ def green_kubo(statistics: WindowStatistics, mode: int, lags: int = LAGS - 1) ->
         raise ValueError(f"expected 0 to {LAGS} lags, found {lags}")
     if statistics.draw.memory > 0 or statistics.steps <= lags + 3:
         return Interval.unknown()
-    products = statistics.products()[..., mode : mode + 1]
+    products = statistics.products[..., mode : mode + 1]
     fit = least_squares(products, statistics.steps, AHEAD[False])
     slope = float(fit.slope[0]) if math.isfinite(fit.slope[0]) else 0.0
     centre = float((products[ONE, GRADIENT, 0] - slope * products[ONE, X, 0]) / products[ONE, ONE, 0])

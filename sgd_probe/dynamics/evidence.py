@@ -237,7 +237,7 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(cls, statistics: WindowStatistics) -> _Sums:
-        return cls(statistics.products(), statistics.lagged[0], statistics.ends())
+        return cls(statistics.products, statistics.lagged[0], statistics.ends())
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,9 @@ class _Parts:
         steps = np.diff([0, *(part.steps for part in marks), statistics.steps])[:, None]
         clocks = np.diff([0, *(part.diffusion_clock for part in marks), statistics.diffusion_clock])[:, None]
         # Residuals of the line through the whole window, or of no line at all, whichever is smaller.
-        centre = (statistics.sum_g - np.nan_to_num(plain.slope) * statistics.sum_x) / statistics.sum_1
-        line = np.stack([-centre, np.zeros_like(centre), -np.nan_to_num(plain.slope), np.ones_like(centre)])
+        slope, ones = np.nan_to_num(plain.slope), statistics.products[ONE]
+        centre = (ones[GRADIENT] - slope * ones[X]) / ones[ONE]
+        line = np.stack([-centre, np.zeros_like(centre), -slope, np.ones_like(centre)])
         variances = np.einsum("ik,pijk,jk->pk", line, products, line) / steps
         pooled = (variances * steps).sum(0) / steps.sum()
         statistic = (steps * np.log(pooled / variances)).sum(0)
@@ -387,7 +388,7 @@ def _correlated_beyond(
     """Whether what is left of the noise correlates two or three steps apart."""
     slope = np.nan_to_num(level.slope)
     centre = (white[ONE, GRADIENT] - slope * white[ONE, X]) / white[ONE, ONE]
-    raw = [_combined(m, slope, centre) for m in (statistics.products(), *statistics.lagged)]
+    raw = [_combined(m, slope, centre) for m in (statistics.products, *statistics.lagged)]
     left = [
         (1 + correlation**2) * raw[j] - correlation * (raw[j - 1] + raw[j + 1])
         for j in range(1, len(raw) - 1)

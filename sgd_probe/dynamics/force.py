@@ -78,7 +78,7 @@ class JointStatistics:
     def update(self, x: Array, g: Array) -> JointStatistics:
         """Take one step in: displacements before it and gradients used by it, shape (k,) each."""
         now = np.concatenate(([1.0], x, g))
-        return JointStatistics(self.steps + 1, self.products + np.outer(now, now))
+        return JointStatistics(self.steps + 1, self.products + now[:, None] * now)
 
     def merge(self, other: JointStatistics) -> JointStatistics:
         """The statistics of two stretches on the same modes."""

@@ -187,8 +187,8 @@ class Projector:
             return self.nothing()[:0]
         squares, self._squares = torch.stack(self._squares), []
         waiting, modes, moved = len(squares), len(self._basis), self._rows[1]
-        # Rows that nothing waits in, too: their number must not change how the others are rounded. One product of
-        # all with all takes less time than two, though images and gradients meet for nothing.
+        # Rows that nothing waits in, too: their number must not change how the others are rounded. Images and
+        # gradients meet for nothing, but one product of all with all takes less time than two.
         both = _products(self._all, self._rows.flatten(0, 1))
         gradient, moves = both[:modes, : self.together], both[:, self.together :]
         displacement, force = moves[:modes], moves[modes:]

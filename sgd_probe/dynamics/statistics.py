@@ -33,6 +33,8 @@ LAGS = 4
 PARTS = 4
 #: Where less than this share of a batch is left in the epoch after a step, its noise is known beforehand.
 _SMALLEST_REST = 0.25
+#: Of (1, t, x, g, u_1, u_2), what the force test compares.
+_FORCE = [ONE, COLUMNS, COLUMNS + 1, GRADIENT]
 
 
 class Draw(NamedTuple):
@@ -68,10 +70,9 @@ class WindowStatistics:
         informative: used steps whose noise was not known beforehand: all of them with replacement, all but an
             epoch's last without.
         planned: steps for which the window was opened.
-        sum_1, sum_t, sum_tt: sums of 1, t, t^2, single numbers.
-        sum_x ... sum_tg: sums of x, x^2, g, g^2, x g, t x, t g.
-        sum_g1, sum_g2, sum_g3, sum_g4: sums of the powers of g itself, innovation or not (times the square
-            root of the share of a partial batch, whose noise is larger).
+        products: sums of products of (1, t, x, g) with each other, shape (4, 4, k).
+        powers: sums of the first four powers of g itself, innovation or not (times the square root of the
+            share of a partial batch, whose noise is larger), shape (4, k).
         lagged: sums of products of (1, t, x, g) of a step (second axis) with those j = 1 .. LAGS steps later
             (third axis), shape (LAGS, 4, 4, k).
         history: (1, t, x, g) of the last LAGS steps, newest first, shape (LAGS, 4, k).
@@ -105,20 +106,8 @@ class WindowStatistics:
     skipped: int
     informative: int
     planned: int
-    sum_1: float
-    sum_t: float
-    sum_tt: float
-    sum_x: Array
-    sum_xx: Array
-    sum_g: Array
-    sum_gg: Array
-    sum_xg: Array
-    sum_tx: Array
-    sum_tg: Array
-    sum_g1: Array
-    sum_g2: Array
-    sum_g3: Array
-    sum_g4: Array
+    products: Array
+    powers: Array
     lagged: Array
     history: Array
     edges: Array
@@ -185,10 +174,8 @@ class WindowStatistics:
             skipped=0,
             informative=0,
             planned=planned_steps,
-            sum_1=0.0,
-            sum_t=0.0,
-            sum_tt=0.0,
-            **dict.fromkeys(_SUMS, zeros),
+            products=np.zeros((COLUMNS, COLUMNS, modes)),
+            powers=np.zeros((4, modes)),
             lagged=np.zeros((LAGS, COLUMNS, COLUMNS, modes)),
             history=np.zeros((LAGS, COLUMNS, modes)),
             edges=np.zeros((COLUMNS, COLUMNS, modes)),
@@ -245,34 +232,24 @@ class WindowStatistics:
             squared_rates=epoch.squared_rates + effective_learning_rate**2 / draw.share,
             rates=epoch.rates + effective_learning_rate,
         )
-        now, pulls = now[:COLUMNS], now[COLUMNS:]
-        one, time, x_now, g_now = float(now[ONE, 0]) if len(x) else 1.0, now[TIME], now[X], now[GRADIENT]
-        at = float(time[0]) if len(x) else float(self.steps)
-        even = g if draw.share == 1 else g * math.sqrt(draw.share)
-        gg = even * even
+        informed = now[ONE, 0] > 0 if len(x) else True
+        forces, now = now[_FORCE], now[:COLUMNS]
+        products = now[:, None] * now
+        powers = np.empty((4, len(x)))
+        powers[0] = g if draw.share == 1 else g * math.sqrt(draw.share)
+        np.multiply(powers[0], powers[0], out=powers[1])
+        np.multiply(powers[1], powers[:2], out=powers[2:])
         steps, square = self.steps + 1, self.diffusion_clock + effective_learning_rate**2
         found = WindowStatistics(
             steps=steps,
             skipped=self.skipped,
-            informative=self.informative + (one > 0),
+            informative=self.informative + bool(informed),
             planned=self.planned,
-            sum_1=self.sum_1 + one * one,
-            sum_t=self.sum_t + one * at,
-            sum_tt=self.sum_tt + at * at,
-            sum_x=self.sum_x + one * x_now,
-            sum_xx=self.sum_xx + x_now * x_now,
-            sum_g=self.sum_g + one * g_now,
-            sum_gg=self.sum_gg + g_now * g_now,
-            sum_xg=self.sum_xg + x_now * g_now,
-            sum_tx=self.sum_tx + at * x_now,
-            sum_tg=self.sum_tg + at * g_now,
-            sum_g1=self.sum_g1 + even,
-            sum_g2=self.sum_g2 + gg,
-            sum_g3=self.sum_g3 + gg * even,
-            sum_g4=self.sum_g4 + gg * gg,
+            products=self.products + products,
+            powers=self.powers + powers,
             lagged=self.lagged + self.history[:, :, None] * now,
             history=np.concatenate((now[None], self.history[:-1])),
-            edges=self.edges if self.steps else self.edges + now[:, None] * now,
+            edges=self.edges if self.steps else self.edges + products,
             parts=self.parts,
             learning_rates=self.learning_rates + learning_rate,
             confinement_clock=self.confinement_clock + effective_learning_rate,
@@ -282,7 +259,7 @@ class WindowStatistics:
             epoch=epoch,
             epoch_products=ended.get("epoch_products", self.epoch_products),
             past_clock=ended.get("past_clock", self.past_clock),
-            force=self.force if u is None else self.force + _products(now[ONE], *pulls, g_now),
+            force=self.force if u is None else self.force + forces[:, None] * forces,
             start=self.start if self.steps else x,
             position=x_after,
             **self._lags(steps, square, x, x_after),
@@ -358,7 +335,7 @@ class WindowStatistics:
             return dataclasses.replace(kept, skipped=kept.skipped + other.skipped)
         shift, there = float(self.steps), later
         move = _delay(shift)
-        names = (*_SUMS, "sum_1", "lag_square", "lag_net", "lag_elapsed", "lag_spread", "lag_count", "force")
+        names = ("powers", "lag_square", "lag_net", "lag_elapsed", "lag_spread", "lag_count", "force")
         total: dict[str, Any] = {name: getattr(self, name) + getattr(there, name) for name in names}
         seam = self.history[0]
         # Every t of the later stretch is ``shift`` larger.
@@ -370,10 +347,7 @@ class WindowStatistics:
                 "skipped": self.skipped + later.skipped,
                 "informative": self.informative + later.informative,
                 "planned": self.planned + later.planned,
-                "sum_t": self.sum_t + there.sum_t + shift * there.sum_1,
-                "sum_tt": self.sum_tt + there.sum_tt + 2 * shift * there.sum_t + shift**2 * there.sum_1,
-                "sum_tx": self.sum_tx + there.sum_tx + shift * there.sum_x,
-                "sum_tg": self.sum_tg + there.sum_tg + shift * there.sum_g,
+                "products": self.products + np.einsum("ai,ijk,bj->abk", move, there.products, move),
                 "lagged": self.lagged + np.einsum("ai,lijk,bj->labk", move, there.lagged, move),
                 "history": np.einsum("ai,lik->lak", move, there.history),
                 "edges": (
@@ -417,32 +391,20 @@ class WindowStatistics:
         values["parts"] = tuple(Part.from_state(part) for part in state["parts"])
         return cls(**values)
 
-    def products(self) -> Array:
-        """Sums of products of (1, t, x, g) with each other, shape (4, 4, k)."""
-        full = np.full_like(self.sum_x, 1.0)
-        return np.array(
-            [
-                [self.sum_1 * full, self.sum_t * full, self.sum_x, self.sum_g],
-                [self.sum_t * full, self.sum_tt * full, self.sum_tx, self.sum_tg],
-                [self.sum_x, self.sum_tx, self.sum_xx, self.sum_xg],
-                [self.sum_g, self.sum_tg, self.sum_xg, self.sum_gg],
-            ]
-        )
-
     def ends(self) -> Array:
         """Products of (1, t, x, g) at the first and last step of each stretch, shape (4, 4, k)."""
         return np.asarray(self.edges + self.history[0][:, None] * self.history[0])
 
     def regress(self, trend: bool = False) -> Regression:
         """Least squares of g on (1, x), or on (1, x, t) with ``trend``, for every mode."""
-        return least_squares(self.products(), self.informative, AHEAD[trend])
+        return least_squares(self.products, self.informative, AHEAD[trend])
 
     def kurtosis(self) -> Array:
         """Kurtosis of the used gradient along each mode: 3 for Gaussian noise."""
         n = float(self.steps)
-        mean = self.sum_g1 / n
-        second = self.sum_g2 / n - mean**2
-        fourth = self.sum_g4 / n - 4 * mean * self.sum_g3 / n + 6 * mean**2 * self.sum_g2 / n - 3 * mean**4
+        mean, square, cube, tesseract = self.powers / n
+        second = square - mean**2
+        fourth = tesseract - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(fourth / second**2)
 
@@ -515,9 +477,7 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, statistics: WindowStatistics) -> Part:
         """The sums as they stand."""
-        return cls(
-            statistics.steps, statistics.diffusion_clock, statistics.products(), statistics.lagged[0].copy()
-        )
+        return cls(statistics.steps, statistics.diffusion_clock, statistics.products, statistics.lagged[0])
 
     @classmethod
     def from_state(cls, state: Any) -> Part:
@@ -533,29 +493,9 @@ def _delay(shift: float) -> Array:
     return move
 
 
-def _products(*columns: Array) -> Array:
-    rows = np.stack(columns)
-    return np.asarray(rows[:, None] * rows)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, tuple):
         return tuple(_plain(item) for item in value)
     return value
-
-
-_SUMS = (
-    "sum_x",
-    "sum_xx",
-    "sum_g",
-    "sum_gg",
-    "sum_xg",
-    "sum_tx",
-    "sum_tg",
-    "sum_g1",
-    "sum_g2",
-    "sum_g3",
-    "sum_g4",
-)

@@ -150,7 +150,8 @@ class Window:
                 self._add(step, projection)
 
     def _add(self, step: Step, projection: Projection) -> None:
-        usable, optimizer = projection.finite, step.optimizer
+        finite, optimizer = projection.finite, step.optimizer
+        usable = finite
         if optimizer is not self._now:
             if optimizer.decay_factors != self._now.decay_factors:
                 # What the new decay pulls at was not read before this step: begin with the next one.
@@ -173,7 +174,7 @@ class Window:
             self._gradient_squares += projection.gradient_square
         else:
             self.statistics = self.statistics.skip(step.draw)
-        if np.isfinite(projection.displacement).all():
+        if finite or np.isfinite(projection.displacement).all():
             self._position = projection.displacement
             self._decay_since = projection.decay
             self._force = projection.force

@@ -20,6 +20,7 @@ from sgd_probe.dynamics.diffusion import (
     pooled_diffusion,
     scaled,
 )
+from sgd_probe.dynamics.regression import GRADIENT, ONE
 from sgd_probe.dynamics.statistics import LAGS, WindowStatistics
 from sgd_probe.dynamics.verdict import weigh
 from sgd_probe.result import Interval
@@ -107,7 +108,8 @@ def test_the_residual_measures_the_noise_of_stiff_modes_too() -> None:
     statistics = truth.statistics()
     measured = np.array([e.noise_variance for e in weigh(statistics, 0.0)])
     assert abs(measured.mean() - 1) < 4 * measured.std() / math.sqrt(REPLICAS)
-    plain = statistics.sum_gg / statistics.steps - (statistics.sum_g / statistics.steps) ** 2
+    mean, square = statistics.products[[ONE, GRADIENT], GRADIENT] / statistics.steps
+    plain = square - mean**2
     assert plain.mean() > 1.9
 
 

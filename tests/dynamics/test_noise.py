@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 
 from sgd_probe.dynamics.noise import HEAVY_TAILS, agree, epoch_cancellation, noise_variance, resample
+from sgd_probe.dynamics.regression import GRADIENT
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.result import Interval
 from tests.dynamics.shuffled import Shuffled
@@ -113,8 +113,9 @@ class TestCancellation:
 
     def test_modes_without_noise(self) -> None:
         still = Shuffled(relaxation_times=0, steps=100, batches=10, replicas=3, fresh=1.0).statistics()
-        zeros: dict[str, Any] = {name: np.zeros(3) for name in ("sum_g", "sum_gg", "sum_xg", "sum_tg")}
-        assert epoch_cancellation(dataclasses.replace(still, **zeros)) is None
+        products = still.products.copy()
+        products[GRADIENT] = products[:, GRADIENT] = 0
+        assert epoch_cancellation(dataclasses.replace(still, products=products)) is None
 
 
 def test_noise_without_any_freedom_has_no_interval() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from sgd_probe.dynamics.regression import GRADIENT, X
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.engine import probe
 from sgd_probe.engine.measured import Measured, decisive_curvature
@@ -169,11 +170,9 @@ class TestNoNoise:
         assert [m.verdict for m in result.modes] == [Verdict.UNDETERMINED] * 2 + [Verdict.NO_NOISE]
 
     def test_a_direction_that_never_moved(self, measured: Measured) -> None:
-        nothing = {
-            name: np.where(np.arange(4) == 3, 0.0, getattr(measured.statistics, name))
-            for name in ("sum_x", "sum_xx", "sum_g", "sum_gg", "sum_xg", "sum_tx", "sum_tg", "position")
-        }
-        result = summarise(with_statistics(measured, **nothing))
+        products, position = measured.statistics.products.copy(), measured.statistics.position.copy()
+        products[[X, GRADIENT], :, 3] = products[:, [X, GRADIENT], 3] = position[3] = 0
+        result = summarise(with_statistics(measured, products=products, position=position))
         assert result.modes[3].verdict is Verdict.NO_NOISE
         assert result.modes[3].noise_variance.value == 0
 
@@ -269,8 +268,8 @@ class TestMarks:
         assert all(mode.marks == () and math.isnan(mode.end_eigenvalue) for mode in result.modes)
 
     def test_heavy_tails(self, measured: Measured) -> None:
-        heavy = 5 * measured.statistics.sum_g4
-        result = summarise(with_statistics(measured, sum_g4=heavy))
+        powers = measured.statistics.powers * [[1], [1], [1], [5]]
+        result = summarise(with_statistics(measured, powers=powers))
         for mode, plain in zip(result.modes, summarise(measured).modes, strict=True):
             assert mode.noise_kurtosis > 10
             (mark,) = mode.marks
