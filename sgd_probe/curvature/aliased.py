@@ -20,9 +20,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sgd_probe.curvature.batch_norm import QuickBatchNorm
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
 from sgd_probe.curvature.memory import is_out_of_memory
+from sgd_probe.curvature.quick import QuickSecondDerivatives
 from sgd_probe.curvature.space import ParameterSpace
 from sgd_probe.isolation import rehearsed, seed_all
 
@@ -71,7 +71,7 @@ class AliasedLoss(nn.Module):
         self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
 
     def forward(self, work: Callable[[], Any]) -> Any:
-        with QuickBatchNorm():
+        with QuickSecondDerivatives():
             return work()
 
     def evaluate(

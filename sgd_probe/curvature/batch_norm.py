@@ -7,38 +7,17 @@ derivative is a combination of the input, the gradient of the output and the dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 _derivatives = torch.ops.aten.native_batch_norm_backward.default
 
 
-class QuickBatchNorm(TorchFunctionMode):
-    """Within it, batch normalisation by a batch's own statistics has the quick second derivative.
-
-    Values are the same to the bit, derivatives to rounding, and running statistics are written as ever. All
-    else (fixed statistics, half precision, subclasses of tensors) goes the ordinary way.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if function is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
-
-
-def _batch_norm(
+def batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -48,7 +27,10 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm``."""
+    """``torch.nn.functional.batch_norm``, by a batch's own statistics with the quick second derivative.
+
+    Running statistics are written as ever; all else goes the ordinary way.
+    """
     given = [tensor for tensor in (x, running_mean, running_var, weight, bias) if tensor is not None]
     quick = (
         training

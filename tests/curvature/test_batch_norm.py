@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgd_probe.curvature.batch_norm import QuickBatchNorm
+from sgd_probe.curvature.quick import QuickSecondDerivatives
 
 SHAPES = [(7, 4), (3, 2, 6), (5, 3, 2, 2), (2, 3, 2, 1, 3)]
 
@@ -25,7 +25,7 @@ def tensors(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quick(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any) -> Tensor:
-    with QuickBatchNorm():
+    with QuickSecondDerivatives():
         return F.batch_norm(x, None, None, weight, bias, training=True, **options)
 
 
@@ -47,7 +47,7 @@ def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
     given[frozen].requires_grad_(False)
     moved = [tensor for tensor in given if tensor.requires_grad]
     found = []
-    for mode in (nullcontext(), QuickBatchNorm()):
+    for mode in (nullcontext(), QuickSecondDerivatives()):
         with mode:
             loss = F.batch_norm(given[0], None, None, given[1], given[2], training=True).pow(3).sum()
         first = torch.autograd.grad(loss, moved, create_graph=True)
@@ -72,7 +72,7 @@ def network(dimensions: int = 2) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
 def test_a_network_has_the_same_loss_gradient_product_and_buffers(dimensions: int) -> None:
     losses, gradients, products, buffers = [], [], [], []
-    for mode in (nullcontext(), QuickBatchNorm()):
+    for mode in (nullcontext(), QuickSecondDerivatives()):
         module, inputs = network(dimensions)
         weights = list(module.parameters())
         with mode:
@@ -107,7 +107,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_it_takes_seven_passes_over_the_activations() -> None:
     """Autograd's own takes more than twenty."""
     passes = []
-    for mode in (nullcontext(), QuickBatchNorm()):
+    for mode in (nullcontext(), QuickSecondDerivatives()):
         x, weight, bias = tensors((8, 3, 4, 4))
         with mode:
             loss = F.batch_norm(x, None, None, weight, bias, training=True)
@@ -140,7 +140,7 @@ class Odd(Tensor):
 def test_all_else_goes_the_ordinary_way(call: Callable[[Tensor, int], Tensor]) -> None:
     x = torch.randn(6, 3, 4, requires_grad=True)
     ordinary = call(x, 3)
-    with QuickBatchNorm():
+    with QuickSecondDerivatives():
         assert torch.equal(call(x, 3), ordinary)
 
 
@@ -154,5 +154,5 @@ def test_all_else_goes_the_ordinary_way(call: Callable[[Tensor, int], Tensor]) -
 )
 def test_what_is_wrong_is_refused_as_ever(rows: int, options: dict[str, Any], message: str) -> None:
     given = {"running_mean": None, "running_var": None, "training": True, **options}
-    with QuickBatchNorm(), pytest.raises(ValueError, match=message):
+    with QuickSecondDerivatives(), pytest.raises(ValueError, match=message):
         F.batch_norm(torch.ones(rows, 3), **given)
