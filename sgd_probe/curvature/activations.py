@@ -1,8 +1,8 @@
-"""GELU and SiLU whose second derivative costs two passes.
+"""GELU and SiLU whose second derivative costs three passes.
 
 Differentiated twice by autograd, either is a chain of some twenty passes over the activations, a seventh of a
-Hessian-vector product of a transformer. But ``f''(x)`` times the gradient that arrives is the same for every
-product with one graph: it is worked out at the first and kept.
+Hessian-vector product of a transformer. But ``f'(x)``, and ``f''(x)`` times the gradient that arrives, are
+the same for every product with one graph: they are worked out at the first and kept.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ def _activate(x: Tensor, activation: _Activation) -> Tensor:
     return found
 
 
+@dataclass
+class _Slope:
+    """f'(x), once a product has asked for it."""
+
+    value: Tensor | None = None
+
+
 class _Activate(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, activation: _Activation) -> Tensor:
@@ -65,33 +72,37 @@ class _Activate(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, _Activation], output: Tensor) -> None:
         x, ctx.activation = inputs
         ctx.save_for_backward(x)
+        ctx.slope = _Slope()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.slope.value is not None and not torch.is_grad_enabled():
+            return gradient * ctx.slope.value, None
         first: Any = _First.apply
-        return first(gradient, *ctx.saved_tensors, ctx.activation), None
+        return first(gradient, *ctx.saved_tensors, ctx.activation, ctx.slope), None
 
 
 class _First(torch.autograd.Function):
     """``gradient * f'(x)``."""
 
     @staticmethod
-    def forward(gradient: Tensor, x: Tensor, activation: _Activation) -> Tensor:
+    def forward(gradient: Tensor, x: Tensor, activation: _Activation, slope: _Slope) -> Tensor:
         return activation.derivative(gradient, x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Activation], output: Tensor) -> None:
-        gradient, x, ctx.activation = inputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, _Activation, _Slope], output: Tensor) -> None:
+        gradient, x, ctx.activation, ctx.slope = inputs
         ctx.save_for_backward(gradient, x)
-        ctx.bent = None
+        ctx.bend = None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None]:
-        gradient, x = ctx.saved_tensors
-        if ctx.bent is None:
-            ctx.bent = ctx.activation.curvature(x).mul_(gradient)
-        return ctx.activation.derivative(u, x), u * ctx.bent, None
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.bend is None:
+            gradient, x = ctx.saved_tensors
+            ctx.bend = ctx.activation.curvature(x).mul_(gradient)
+            ctx.slope.value = ctx.activation.derivative(torch.ones_like(x), x)
+        return u * ctx.slope.value, u * ctx.bend, None, None
 
 
 def _gelu_curvature(x: Tensor) -> Tensor:

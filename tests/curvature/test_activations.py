@@ -69,6 +69,19 @@ def test_a_network_has_the_same_loss_gradient_and_products(
             torch.testing.assert_close(ours, ordinary, rtol=tolerance, atol=tolerance)
 
 
+@BY_NAME
+def test_two_gradients_of_one_graph_are_apart(activation: Activation) -> None:
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    ordinary, ours = activation(x), quick(activation, x)
+    for scale in (1.0, 3.0, -1.0):
+        upstream = torch.full_like(x, scale)
+        found = []
+        for value in (ordinary, ours):
+            (first,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+            found.append(torch.autograd.grad(first, x, torch.ones_like(x), retain_graph=True)[0])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts kernels."""
 
