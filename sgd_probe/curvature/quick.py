@@ -10,10 +10,12 @@ from torch.overrides import TorchFunctionMode
 
 from sgd_probe.curvature.activations import gelu, silu
 from sgd_probe.curvature.batch_norm import batch_norm
+from sgd_probe.curvature.layer_norm import layer_norm
 
 _BY_HAND: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.gelu: gelu,
+    F.layer_norm: layer_norm,
     F.silu: silu,
 }
 
