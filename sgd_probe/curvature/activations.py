@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn import functional as F
+
+from sgd_probe.curvature.by_hand import by_autograd, is_covered
 
 _CUBE = 0.044715  # of GELU's approximation by tanh
 
@@ -38,16 +39,12 @@ class _Activation:
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """``torch.nn.functional.gelu``."""
     known = _GELU.get(approximate)
-    return _activate(x, known) if known and _is_plain(x) else F.gelu(x, approximate=approximate)
+    return _activate(x, known) if known and is_covered(x) else F.gelu(x, approximate=approximate)
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
     """``torch.nn.functional.silu``."""
-    return F.silu(x, inplace) if inplace or not _is_plain(x) else _activate(x, _SILU)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype in (torch.float32, torch.float64)
+    return F.silu(x, inplace) if inplace or not is_covered(x) else _activate(x, _SILU)
 
 
 def _activate(x: Tensor, activation: _Activation) -> Tensor:
@@ -96,10 +93,11 @@ class _First(torch.autograd.Function):
         ctx.bend = None
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, x = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *by_autograd(ctx.activation.value, (x,), gradient, (u,)), None, None
         if ctx.bend is None:
-            gradient, x = ctx.saved_tensors
             ctx.bend = ctx.activation.curvature(x).mul_(gradient)
             ctx.slope.value = ctx.activation.derivative(torch.ones_like(x), x)
         return u * ctx.slope.value, u * ctx.bend, None, None
@@ -129,7 +127,8 @@ def _silu_curvature(x: Tensor) -> Tensor:
 
 def _of_gelu(approximate: str, curvature: Callable[[Tensor], Tensor]) -> _Activation:
     def value(x: Tensor) -> Tensor:
-        return F.gelu(x, approximate=approximate)
+        found: Tensor = torch.ops.aten.gelu.default(x, approximate=approximate)
+        return found
 
     def derivative(gradient: Tensor, x: Tensor) -> Tensor:
         found: Tensor = torch.ops.aten.gelu_backward.default(gradient, x, approximate=approximate)
@@ -138,10 +137,15 @@ def _of_gelu(approximate: str, curvature: Callable[[Tensor], Tensor]) -> _Activa
     return _Activation(value, derivative, curvature)
 
 
+def _silu_value(x: Tensor) -> Tensor:
+    found: Tensor = torch.ops.aten.silu.default(x)
+    return found
+
+
 def _silu_derivative(gradient: Tensor, x: Tensor) -> Tensor:
     found: Tensor = torch.ops.aten.silu_backward.default(gradient, x)
     return found
 
 
 _GELU = {"none": _of_gelu("none", _gelu_curvature), "tanh": _of_gelu("tanh", _gelu_tanh_curvature)}
-_SILU = _Activation(F.silu, _silu_derivative, _silu_curvature)
+_SILU = _Activation(_silu_value, _silu_derivative, _silu_curvature)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn import functional as F
+
+from sgd_probe.curvature.by_hand import by_autograd, is_covered
 
 _derivatives = torch.ops.aten.native_batch_norm_backward.default
 
@@ -31,12 +32,9 @@ def batch_norm(
 
     Running statistics are written as ever; all else goes the ordinary way.
     """
-    given = [tensor for tensor in (x, running_mean, running_var, weight, bias) if tensor is not None]
     quick = (
         training
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
-        and {tensor.dtype for tensor in given} <= {x.dtype}
-        and x.dtype in (torch.float32, torch.float64)
+        and is_covered(x, running_mean, running_var, weight, bias)
         and (weight is None) == (bias is None)
         # What the ordinary way refuses is for it to refuse.
         and (running_mean is None) == (running_var is None)
@@ -67,17 +65,18 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, *_ = inputs
+        x, weight, bias, *_, ctx.eps = inputs
         _, mean, deviation = output
-        ctx.save_for_backward(x, weight, mean, deviation)
+        ctx.save_for_backward(x, weight, bias, mean, deviation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, deviation = ctx.saved_tensors
+        x, weight, bias, mean, deviation = ctx.saved_tensors
         first: Any = _First.apply
         # What the statistics owe to the input is in the formulas. (Not marked as without derivative: autograd
         # would then take them for float32.)
-        by_input, by_weight, by_bias = first(gradient, x, weight, mean.detach(), deviation.detach())
+        statistics = mean.detach(), deviation.detach(), ctx.eps
+        by_input, by_weight, by_bias = first(gradient, x, weight, bias, *statistics)
         affine = (None, None) if weight is None else (by_weight, by_bias)
         return by_input, *affine, None, None, None, None
 
@@ -87,7 +86,13 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        gradient: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, deviation: Tensor
+        gradient: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        deviation: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         found = _derivatives(gradient, x, weight, None, None, mean, deviation, True, 0.0, [True] * 3)
         by_input, by_weight, by_bias = found
@@ -95,11 +100,11 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs, *output[1:])
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, u: Tensor | None, along_weight: Tensor | None, along_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -109,7 +114,14 @@ class _First(torch.autograd.Function):
         weight, ``by_input = w r (g - S(g) / n - y S(gy) / n)``, ``by_weight = S(gy)``, ``by_bias = S(g)``.
         The input enters through y and r, ``dr = -r^2 y dx / n``.
         """
-        g, x, weight, mean, r, sum_gy, sum_g = ctx.saved_tensors
+        g, x, weight, bias, mean, r, sum_gy, sum_g = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, ctx.eps)[0]
+
+            directions = u, along_weight, along_bias
+            return *by_autograd(function, (x, weight, bias), g, directions), None, None, None
         w = torch.ones_like(r) if weight is None else weight
         n, zero = x.numel() / len(r), torch.zeros_like(r)
         if u is None:
@@ -138,7 +150,7 @@ class _First(torch.autograd.Function):
             (u, r * of_u),
             (g, r * of_g),
         )
-        return by_gradient, by_input, None if weight is None else r * inner, None, None
+        return by_gradient, by_input, None if weight is None else r * inner, None, None, None, None
 
 
 def _wide(channels: Tensor, like: Tensor) -> Tensor:

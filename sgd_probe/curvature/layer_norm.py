@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn import functional as F
+
+from sgd_probe.curvature.by_hand import by_autograd, is_covered
 
 _derivatives = torch.ops.aten.native_layer_norm_backward.default
 
@@ -27,12 +28,9 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """``torch.nn.functional.layer_norm`` with the quick second derivative; what is unusual as ever."""
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
     shape = tuple(normalized_shape)
     quick = (
-        all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
-        and {tensor.dtype for tensor in given} <= {x.dtype}
-        and x.dtype in (torch.float32, torch.float64)
+        is_covered(x, weight, bias)
         and (weight is None) == (bias is None)
         # What the ordinary way refuses is for it to refuse.
         and shape
@@ -58,7 +56,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, ctx.shape, weight, bias, _ = inputs
+        x, ctx.shape, weight, bias, ctx.eps = inputs
         ctx.save_for_backward(x, weight, bias, *output[1:])
 
     @staticmethod
@@ -66,7 +64,8 @@ class _Normalise(torch.autograd.Function):
         x, weight, bias, mean, r = ctx.saved_tensors
         first: Any = _First.apply
         # What the statistics owe to the input is in the formulas.
-        by_input, by_weight, by_bias = first(gradient, x, weight, bias, mean.detach(), r.detach(), ctx.shape)
+        statistics = mean.detach(), r.detach(), ctx.shape, ctx.eps
+        by_input, by_weight, by_bias = first(gradient, x, weight, bias, *statistics)
         affine = (None, None) if weight is None else (by_weight, by_bias)
         return by_input, None, *affine, None
 
@@ -83,6 +82,7 @@ class _First(torch.autograd.Function):
         mean: Tensor,
         r: Tensor,
         shape: tuple[int, ...],
+        eps: float,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         mask = [True, weight is not None, weight is not None]
         by_input, by_weight, by_bias = _derivatives(gradient, x, shape, mean, r, weight, bias, mask)
@@ -90,12 +90,11 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        *tensors, ctx.shape = inputs
+        *tensors, ctx.shape, ctx.eps = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, u: Tensor | None, along_weight: Tensor | None, along_bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -103,7 +102,14 @@ class _First(torch.autograd.Function):
 
         The input enters the first two terms through y and r, ``dr = -r^2 mean(y dx)``.
         """
-        g, x, weight, _, mean, r = ctx.saved_tensors
+        g, x, weight, bias, mean, r = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+                return torch.native_layer_norm(x, ctx.shape, weight, bias, ctx.eps)[0]
+
+            directions = u, along_weight, along_bias
+            return *by_autograd(function, (x, weight, bias), g, directions), None, None, None, None
         n = math.prod(ctx.shape)
         rows = x.numel() // n
         g_rows, x_rows = g.reshape(rows, n), x.reshape(rows, n)
@@ -134,7 +140,7 @@ class _First(torch.autograd.Function):
         if along_bias is not None:
             by_gradient += along_bias.reshape(n)
         weights = by_weight if by_weight is None else by_weight.reshape(ctx.shape)
-        return by_gradient.reshape(g.shape), by_input.reshape(x.shape), weights, None, None, None, None
+        return by_gradient.reshape(g.shape), by_input.reshape(x.shape), weights, None, None, None, None, None
 
 
 def _mean_product(one: Tensor, other: Tensor) -> Tensor:
