@@ -1,0 +1,43 @@
+"""What all examples share: their options, a quiet trainer, and the comparison of two trainings bit by bit."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Options of a Lightning trainer that works on the processor and prints and stores nothing of its own.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+
+
+def options(script: str, about: str | None) -> argparse.Namespace:
+    """Read ``--quick``, ``--seed`` and ``--output``, whose default is a folder named after the script."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
+    parser.add_argument("--seed", default=0, type=int, help="of weights and batches (%(default)s)")
+    folder = Path(f"{Path(script).stem}_run")
+    parser.add_argument("--output", default=folder, type=Path, help="folder of the results (%(default)s)")
+    torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+    # Lightning's hints (more workers, a free processor) would drown the table.
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning|torch")
+    return parser.parse_args()
+
+
+def assert_same_bits(without: nn.Module, probed: nn.Module) -> None:
+    """Compare all weights and buffers of two trainings."""
+    mine, its = without.state_dict(), probed.state_dict()
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(mine[name], its[name]) for name in mine)
+    print("\nThe weights are those of a training without the probe, bit for bit.")

@@ -1,0 +1,92 @@
+"""A ResNet-20 with BatchNorm under SGD with momentum: what normalisation does to the landscape.
+
+It trains on scikit-learn's digits, without the probe and with it, shows that weights and running statistics end
+at the same bits, prints the modes of the last window, and writes a report. Offline, on a processor.
+
+    pip install "sgd-probe[examples]"
+    python examples/resnet20.py            # about three minutes
+    python examples/resnet20.py --quick
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from _common import QUIET, assert_same_bits, options
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from sgd_probe import ModeKind, SGDProbe
+
+
+class Block(nn.Module):
+    """Two normalised convolutions beside a shortcut that drops pixels and pads channels."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.second = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.first_norm, self.second_norm = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
+        self.stride, self.padding = stride, after - before
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
+        return F.relu(inside + shortcut)
+
+
+class ResNet20(pl.LightningModule):
+    """Three stages of three blocks (He et al. 2016), a quarter as wide."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        before = width
+        for stage in range(3):
+            for block in range(3):
+                after = width * 2**stage
+                layers.append(Block(before, after, stride=2 if stage and not block else 1))
+                before = after
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, digits = batch
+        return F.cross_entropy(self.body(images), digits)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def train(epochs: int, seed: int, probe: SGDProbe | None = None) -> ResNet20:
+    pl.seed_everything(seed, verbose=False)
+    pixels, digits = load_digits(return_X_y=True)
+    images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    data = TensorDataset(images, torch.tensor(digits))
+    loader: DataLoader[Any] = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
+    model = ResNet20()
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[probe] if probe else [], **QUIET)
+    trainer.fit(model, loader)
+    return model
+
+
+def main() -> None:
+    arguments = options(__file__, __doc__)
+    epochs = 6 if arguments.quick else 40
+    without = train(epochs, arguments.seed)
+    probe = SGDProbe(
+        top=6, flat=2, every_n_steps=epochs * 28 // 4, curvature_batches=2, run_dir=arguments.output
+    )
+    assert_same_bits(without, train(epochs, arguments.seed, probe))
+    last = probe.results[-1]
+
+
+if __name__ == "__main__":
+    main()
