@@ -86,6 +86,16 @@ def test_windows_are_printed_when_they_are_wanted(when: str, shown: list[int], t
         assert sum("window 1, optimizer steps" in text for text in told) == 1
 
 
+def test_a_probe_with_a_name_of_its_own_says_whose_window_it_is(tmp_path: Path) -> None:
+    told: list[str] = []
+    sink = TerminalSink(told.append, folder=FolderSink(tmp_path))
+    sink.start(dataclasses.replace(RUN, name="generator"))
+    sink.write(make_window(), {})
+    sink.finish()
+    assert told[0].startswith("sgd_probe generator: window 0")
+    assert "sgd_probe generator: 1 window closed." in told[0]
+
+
 def test_without_a_window_or_a_folder_it_says_what_there_is() -> None:
     told: list[str] = []
     sink = TerminalSink(told.append)
