@@ -1,8 +1,8 @@
 """A character transformer under AdamW: the modes that an adaptive optimizer sees.
 
-It learns to write Python from two sources of the standard library, without the probe and with it, shows that both
-end at the same weights to the last bit, prints the modes of the last window, and writes a report. Offline, on a
-processor; nothing is downloaded.
+It learns to write Python from two sources of the standard library, without the probe and with it, shows
+that both end at the same weights to the last bit, prints the modes of the last window, and writes a
+report. Offline, on a processor; nothing is downloaded.
 
     python examples/char_transformer.py            # about three minutes
     python examples/char_transformer.py --quick
@@ -15,13 +15,12 @@ import ast
 import inspect
 import string
 from collections.abc import Iterable
-from statistics import median
 from types import ModuleType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from _common import QUIET, assert_same_bits, options
+from _common import QUIET, assert_same_bits, options, stiff_modes, stiffness_by_motion
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -87,26 +86,29 @@ def train(steps: int, seed: int, probe: SGDProbe | None = None) -> CharTransform
 
 def main() -> None:
     arguments = options(__file__, __doc__)
-    steps = 300 if arguments.quick else 4000
+    steps = 300 if arguments.quick else 2500
     without = train(steps, arguments.seed)
     probe = SGDProbe(top=6, flat=2, every_n_steps=steps // 2, curvature_batches=3, run_dir=arguments.output)
     assert_same_bits(without, train(steps, arguments.seed, probe))
 
     last = probe.results[-1]
-    stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
+    stiff = stiff_modes(last)
     flat = [mode for mode in last.modes if mode.kind is ModeKind.FLAT]
-    assert last.curvature.self_test.startswith("passed")
-    assert all(mode.residual < 0.02 for mode in stiff)
-    # AdamW divides a gradient by its usual size: curvatures are those in coordinates where it is plain SGD.
+    # AdamW divides gradients by their usual size: these are the coordinates where it is SGD with momentum.
     assert last.coordinates == "weights in AdamW's preconditioned coordinates"
+    # Beyond its limit a mode would run away.
     used = stiff[0].held_out_eigenvalue / last.stability_limit
+    assert 0 < used < 1
     confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
-    ratio = median(mode.measured_curvature.value / mode.held_out_eigenvalue for mode in confined)
+    ratio = stiffness_by_motion(confined)
+    assert len(confined) >= 4 and 0.5 < ratio < 2
     valley = min(mode.effective_curvature for mode in flat)
+    assert stiff[-1].held_out_eigenvalue > 5 * valley
     print(
-        f"{len(confined)} of {len(stiff)} stiff modes are confined; by their motion they are {ratio:.2f} times as "
-        f"stiff as by the Hessian.\nThe stiffest is {stiff[0].held_out_eigenvalue / valley:,.0f} times as stiff "
-        f"as a near-flat direction, and uses {used:.0%} of what AdamW can bear at this rate."
+        f"{len(confined)} of {len(stiff)} stiff modes are confined; by their motion they are {ratio:.2f} "
+        "times as stiff as by the Hessian.\n"
+        f"The stiffest is {stiff[0].held_out_eigenvalue / valley:,.0f} times as stiff as a near-flat "
+        f"direction, and has {used:.0%} of the curvature that AdamW bears at this learning rate."
     )
 
 

@@ -1,10 +1,11 @@
 """Fine-tuning with AdamW: is it enough to watch the last layers?
 
-A character transformer learns Python sources and is fine-tuned on English, the documentation of the language.
-Two probes watch that: one all weights, one the last block and the head alone (``params=``), with half as many
-numbers a direction. The largest curvature among some weights is never above that among all of them, and the ratio
-says how much is missed. The script shows that both probes leave the training alone to the last bit, prints the
-modes of both, and writes two reports. Offline, on a processor; nothing is downloaded.
+A character transformer learns Python sources and is fine-tuned on English, the documentation of the
+language. Two probes watch that: one all weights, one the last block and the head alone (``params=``),
+with half as many numbers a direction. The largest curvature among some weights is never above that among
+all of them, and the ratio says how much is missed. The script shows that both probes leave the training
+alone to the last bit, prints the modes of both, and writes two reports. Offline, on a processor; nothing
+is downloaded.
 
     python examples/finetune_adamw.py            # about two minutes
     python examples/finetune_adamw.py --quick
@@ -32,7 +33,7 @@ def fit(model: CharTransformer, text: Text, steps: int, probes: list[SGDProbe]) 
 
 def main() -> None:
     arguments = options(__file__, __doc__)
-    steps = 250 if arguments.quick else 2000
+    steps = 250 if arguments.quick else 1200
     pl.seed_everything(arguments.seed, verbose=False)
     pretrained = fit(CharTransformer(), Text([argparse, ast]), steps, [])
 
@@ -70,8 +71,8 @@ def main() -> None:
     share = part.curvature.lambda_max / everything.curvature.lambda_max
     assert 0 < share < 1.01
     print(
-        f"The last layers, {part.curvature.parameters:,} of {everything.curvature.parameters:,} weights, hold "
-        f"{share:.0%} of the largest curvature."
+        f"Among the last layers' {part.curvature.parameters:,} of {everything.curvature.parameters:,} "
+        f"weights, the largest curvature is {share:.0%} of that among all."
     )
 
 

@@ -1,8 +1,9 @@
 """A GAN with manual optimisation: one probe for each of its two losses.
 
-Generator and discriminator play for eight blobs on a ring. Each has an optimizer and a loss of its own, so each
-gets a probe with a name of its own. The script trains without the probes and with them, shows that both end at
-the same weights to the last bit, prints the modes of both, and writes two reports. Offline, on a processor.
+Generator and discriminator play for eight blobs on a ring. Each has an optimizer and a loss of its own,
+so each gets a probe with a name of its own. The script trains without the probes and with them, shows
+that both end at the same weights to the last bit, prints the modes of both, and writes two reports.
+Offline, on a processor.
 
     python examples/gan.py            # about a minute
     python examples/gan.py --quick
@@ -15,12 +16,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from _common import QUIET, assert_same_bits, options
+from _common import QUIET, assert_same_bits, options, stiff_modes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from sgd_probe import ModeKind, SGDProbe
+from sgd_probe import SGDProbe
 
 BATCH_SIZE, NOISE = 64, 4
 
@@ -96,10 +97,8 @@ def main() -> None:
 
     for probe in probes:
         last = probe.results[-1]
-        stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
+        stiff = stiff_modes(last)
         assert len(probe.results) == 2
-        assert last.curvature.self_test.startswith("passed")
-        assert all(mode.residual < 0.02 for mode in stiff)
         # Each sees its own player's weights and no others.
         assert all(name.startswith(probe.name) for mode in last.modes for name in mode.layer_shares)
         upwards = [mode for mode in stiff if mode.held_out_eigenvalue > 0]
