@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from sgd_probe import SGDProbe
+from sgd_probe import SGDProbe, Verdict
 
 BATCH_SIZE, NOISE = 64, 4
 
@@ -99,14 +99,16 @@ def main() -> None:
         last = probe.results[-1]
         stiff = stiff_modes(last)
         assert len(probe.results) == 2
-        # Each sees its own player's weights and no others.
+        # Each sees the weights of its own player and no others.
         assert all(name.startswith(probe.name) for mode in last.modes for name in mode.layer_shares)
-        upwards = [mode for mode in stiff if mode.held_out_eigenvalue > 0]
+        falls = sum(mode.held_out_eigenvalue < 0 for mode in stiff)
+        confined = sum(mode.verdict is Verdict.CONFINED for mode in stiff)
         print(
-            f"The {probe.name}'s loss rises along {len(upwards)} of {len(stiff)} of its stiffest directions and falls "
-            f"along {len(stiff) - len(upwards)}; the largest curvature is {last.curvature.lambda_max:.3g}. ",
-            last.joint_curvatures,
+            f"The {probe.name}'s loss curves down along {falls} of its {len(stiff)} stiffest directions, and "
+            f"{confined} are confined; the largest curvature is {last.curvature.lambda_max:.3g}."
         )
+    # The discriminator's own task has a best answer: its stiffest direction is a wall.
+    assert probes[1].results[-1].curvature.lambda_max > 0
 
 
 if __name__ == "__main__":
