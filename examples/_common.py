@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ def assert_same_bits(without: nn.Module, probed: nn.Module) -> None:
     mine, its = without.state_dict(), probed.state_dict()
     assert mine.keys() == its.keys()
     assert all(torch.equal(mine[name], its[name]) for name in mine)
-    print("\nThe weights are those of a training without the probe, bit for bit.")
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one speaks
+        print("\nThe weights are those of a training without the probe, bit for bit.")
 
 
 def stiff_modes(window: WindowResult) -> list[ModeResult]:

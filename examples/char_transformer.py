@@ -101,7 +101,7 @@ def main() -> None:
     assert 0 < used < 1
     confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
     ratio = stiffness_by_motion(confined)
-    assert len(confined) >= 4 and 0.5 < ratio < 2
+    assert len(confined) >= 5 and 0.5 < ratio < 2
     valley = min(mode.effective_curvature for mode in flat)
     assert stiff[-1].held_out_eigenvalue > 5 * valley
     print(
