@@ -45,6 +45,10 @@ def train(steps: int, window: int, arguments: Namespace, probed: bool) -> tuple[
             n_embd=16,
             n_layer=2,
             n_head=2,
+            # Dropout is noise that an epoch of shuffled batches does not cancel: verdicts would be withheld.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
             bos_token_id=0,
             eos_token_id=0,
         )

@@ -51,6 +51,7 @@ def test_numbers_that_are_missing_are_unknown_and_undermined_verdicts_are_marked
     text = window_summary(make_window(modes=(mode,), expected_false_flags=math.nan), rich=False)
     assert "confined !" in text and "unknown" in text and "nan" not in text
     assert "takes the ground from under" in text and "expected to be wrong" not in text
+    assert "over 1,000 steps (1 epoch)." in window_summary(make_window(epochs=1.0))
     assert "No modes" in window_summary(make_window(modes=()), rich=False)
 
 
