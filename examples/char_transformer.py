@@ -4,7 +4,7 @@ It learns to write Python from two sources of the standard library, without the 
 that both end at the same weights to the last bit, prints the modes of the last window, and writes a
 report. Offline, on a processor; nothing is downloaded.
 
-    python examples/char_transformer.py            # about three minutes
+    python examples/char_transformer.py            # about a minute
     python examples/char_transformer.py --quick
 """
 

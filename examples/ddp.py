@@ -5,7 +5,7 @@ that both end at the same weights to the last bit and that both processes hold t
 bit, prints those of the last window, and writes a report. Offline, on a processor.
 
     pip install ".[examples]"
-    python examples/ddp.py            # about a minute
+    python examples/ddp.py            # about half a minute
     python examples/ddp.py --quick
 """
 

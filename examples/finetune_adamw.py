@@ -7,7 +7,7 @@ all of them, and the ratio says how much is missed. The script shows that both p
 alone to the last bit, prints the modes of both, and writes two reports. Offline, on a processor; nothing
 is downloaded.
 
-    python examples/finetune_adamw.py            # about two minutes
+    python examples/finetune_adamw.py            # about a minute
     python examples/finetune_adamw.py --quick
 """
 
@@ -33,7 +33,7 @@ def fit(model: CharTransformer, text: Text, steps: int, probes: list[SGDProbe]) 
 
 def main() -> None:
     arguments = options(__file__, __doc__)
-    steps = 250 if arguments.quick else 1200
+    steps = 220 if arguments.quick else 1200
     pl.seed_everything(arguments.seed, verbose=False)
     pretrained = fit(CharTransformer(), Text([argparse, ast]), steps, [])
 

