@@ -3,7 +3,7 @@
 It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
 prints the modes of the last window, and writes a report. Offline, on a processor; nothing is downloaded.
 
-    pip install ".[examples]"
+    pip install ".[huggingface]"
     python examples/huggingface.py            # about half a minute
     python examples/huggingface.py --quick
 """
