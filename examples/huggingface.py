@@ -3,24 +3,24 @@
 It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
 prints the modes of the last window, and writes a report. Offline, on a processor; nothing is downloaded.
 
-    pip install "sgd-probe[huggingface]"
-    python examples/huggingface.py            # about a minute
+    pip install ".[huggingface]"
+    python examples/huggingface.py            # about half a minute
     python examples/huggingface.py --quick
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _common import assert_same_bits, options, stiff_modes
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from sgd_probe import ModeKind, WindowResult
+from sgd_probe import Verdict, WindowResult
 from sgd_probe.integrations.huggingface import SGDProbeCallback
 
 LETTERS, LENGTH = 24, 12
@@ -36,8 +36,8 @@ def sequences() -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train(steps: int, window: int, output: Path, probed: bool) -> tuple[Trainer, list[WindowResult]]:
-    torch.manual_seed(0)
+def train(steps: int, window: int, arguments: Namespace, probed: bool) -> tuple[Trainer, list[WindowResult]]:
+    torch.manual_seed(arguments.seed)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=LETTERS,
@@ -45,6 +45,10 @@ def train(steps: int, window: int, output: Path, probed: bool) -> tuple[Trainer,
             n_embd=16,
             n_layer=2,
             n_head=2,
+            # Dropout is noise that an epoch of shuffled batches does not cancel: verdicts would be withheld.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
             bos_token_id=0,
             eos_token_id=0,
         )
@@ -52,7 +56,8 @@ def train(steps: int, window: int, output: Path, probed: bool) -> tuple[Trainer,
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(output),
+            output_dir=str(arguments.output),
+            seed=arguments.seed,
             max_steps=steps,
             per_device_train_batch_size=16,
             learning_rate=3e-3,
@@ -77,41 +82,23 @@ def train(steps: int, window: int, output: Path, probed: bool) -> tuple[Trainer,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a shorter run")
-    parser.add_argument(
-        "--output", default="huggingface_run", type=Path, help="folder of the results (%(default)s)"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+    arguments = options(__file__, __doc__)
     steps, window = (480, 200) if arguments.quick else (1300, 600)
 
-    without, _ = train(steps, window, arguments.output, probed=False)
-    trainer, results = train(steps, window, arguments.output, probed=True)
+    without, _ = train(steps, window, arguments, probed=False)
+    trainer, results = train(steps, window, arguments, probed=True)
+    assert_same_bits(without.model, trainer.model)
 
     last = results[-1]
-    for mine, its in zip(without.model.parameters(), trainer.model.parameters(), strict=True):
-        assert torch.equal(mine, its)
-    print("\nThe weights are those of a training without the probe, bit for bit.")
-
-    stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
-    assert last.curvature.self_test.startswith("passed")
+    stiff = stiff_modes(last)
+    confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
+    assert len(confined) >= 3
     assert last.coordinates == "weights in AdamW's preconditioned coordinates"
-    assert all(mode.residual < 0.02 for mode in stiff)
     assert last.index >= 1 and last.complete and last.steps == window
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0]
     print(f"Training loss {losses[0]:.3f} -> {losses[-1]:.3f}.")
-    print(f"Self-test of the Hessian {last.curvature.self_test}.")
-    reports = sorted(arguments.output.glob("sgd_probe_run*/report.html"), key=_age)
-    assert reports
-    print(f"Report: {reports[-1]}")
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
+    print(f"{len(confined)} of {len(stiff)} stiff modes are confined.")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,22 @@
 It trains twice, without the probe and with it, shows that both end at the same weights to the last bit,
 prints the modes of the last window, and writes a report. Offline, on a processor.
 
-    python examples/plain_loop.py            # about a minute
+    python examples/plain_loop.py            # about twenty seconds
     python examples/plain_loop.py --quick
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
+from _common import assert_same_bits, options, stiff_modes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
+from sgd_probe import LoopProbe, Verdict, WindowResult
 
 BATCH_SIZE, EPOCH = 32, 100  # minibatches in what the loop calls an epoch
 
@@ -38,9 +38,9 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(inputs), labels, label_smoothing=0.1)
 
 
-def train(epochs: int, window: int, run_dir: Path | None) -> tuple[nn.Module, list[WindowResult]]:
+def train(epochs: int, window: int, seed: int, run_dir: Path | None) -> tuple[nn.Module, list[WindowResult]]:
     """Half of it with momentum, the rest of plain SGD, which the probe watches where it has a folder."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 4))
     loader = make_loader()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -78,44 +78,23 @@ def train(epochs: int, window: int, run_dir: Path | None) -> tuple[nn.Module, li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a shorter run")
-    parser.add_argument(
-        "--output", default="plain_loop_run", type=Path, help="folder of the results (%(default)s)"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # threads only get in each other's way on tensors this small
+    arguments = options(__file__, __doc__)
     epochs, window = (20, 800) if arguments.quick else (80, 1500)
 
-    without, _ = train(epochs, window, None)
-    model, results = train(epochs, window, arguments.output)
-
-    for mine, its in zip(without.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, its)
-    print("\nThe weights are those of a training without the probe, bit for bit.")
+    without, _ = train(epochs, window, arguments.seed, None)
+    model, results = train(epochs, window, arguments.seed, arguments.output)
+    assert_same_bits(without, model)
 
     last = results[-1]
-    stiff = [mode for mode in last.modes if mode.kind is ModeKind.TOP]
-    assert last.curvature.self_test.startswith("passed")
-    assert all(mode.residual < 0.02 for mode in stiff)
+    stiff = stiff_modes(last)
     confined = [mode for mode in stiff if mode.verdict is Verdict.CONFINED]
     assert len(confined) >= 4
-    # The slope of the used gradients knows nothing of the Hessian, and finds its eigenvalue.
     assert 0.6 < stiff[0].measured_curvature.value / stiff[0].held_out_eigenvalue < 1.6
     print(
         f"{len(confined)} of {len(stiff)} stiff modes are confined. The stiffest has curvature "
         f"{stiff[0].held_out_eigenvalue:.3g} by the Hessian, {stiff[0].measured_curvature.value:.3g} by its "
         "motion."
     )
-    reports = sorted(arguments.output.parent.glob(f"{arguments.output.name}*/report.html"), key=_age)
-    assert reports
-    print(f"Report: {reports[-1]}")
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
 
 
 if __name__ == "__main__":

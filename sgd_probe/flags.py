@@ -61,7 +61,9 @@ class Flag:
         return self.window == self.onset_window
 
     def __str__(self) -> str:
-        horizon = f"{self.steps:,} steps" + (f", {self.epochs:.2g} epochs" if self.epochs > 0 else "")
+        horizon, epochs = f"{self.steps:,} steps", f"{self.epochs:.2g}"
+        if self.epochs > 0:
+            horizon += f", {epochs} epoch{'s' if epochs != '1' else ''}"
         d, layers = self.diffusion, list(self.layers.items())[:_LAYERS_SHOWN]
         where = ", ".join(f"{name} ({share:.0%})" for name, share in layers)
         return (

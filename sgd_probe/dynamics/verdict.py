@@ -63,7 +63,10 @@ class Horizon:
 
     def __str__(self) -> str:
         steps = f"{self.steps:,} steps"
-        return steps if math.isnan(self.epochs) else f"{steps} ({self.epochs:.2g} epochs)"
+        if math.isnan(self.epochs):
+            return steps
+        epochs = f"{self.epochs:.2g}"
+        return f"{steps} ({epochs} epoch{'s' if epochs != '1' else ''})"
 
 
 def judge(evidence: Evidence) -> Judgement:

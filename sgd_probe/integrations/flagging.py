@@ -56,7 +56,7 @@ class Flagging:
         """
         text = onset_message(self._raised)
         if text:
-            announce(f"sgd_probe: {text}")
+            announce(text)
         for flag in self._raised:
             if flag.is_onset:
                 self._hand_over(flag)

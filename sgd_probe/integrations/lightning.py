@@ -53,7 +53,7 @@ from sgd_probe.integrations.session import (
     with_overrides,
 )
 from sgd_probe.result import WindowResult
-from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, verdict_counts
+from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, speaker, verdict_counts
 from sgd_probe.sinks.folder import RUN_FILE, FolderSink
 from sgd_probe.sinks.loggers import LoggerSink
 from sgd_probe.sinks.metrics import CallbackMetricsSink
@@ -404,9 +404,7 @@ class SGDProbe(Callback):
         with ExitStack() as stack:
             with engine.shared():  # a terminal that is gone on one process must not leave the others waiting
                 if engine.window_seconds > LONG_PAUSE:
-                    announce(
-                        trainer, f"sgd_probe: finding directions, about {duration(engine.window_seconds)}"
-                    )
+                    self._say(trainer, f"finding directions, about {duration(engine.window_seconds)}")
                     stack.callback(setattr, engine, "on_product", None)
                     engine.on_product = stack.enter_context(progress_bar(trainer, engine.expected_products))
             basis = engine.open_window(step)
@@ -503,19 +501,22 @@ class SGDProbe(Callback):
         result, vectors = closed
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
-            announce(trainer, f"sgd_probe: {one_line(result)}")
+            self._say(trainer, one_line(result))
         # Where weights are divided, this process has a part of every direction, and nobody the whole.
         whole = vectors if not self._engine.space.divided else None
         self._flagging.take(result, whole)
         with self._engine.ledger.charge():
             named = {} if whole is None else named_vectors(self.config, result, whole)
             self._sinks.write(result, named)
-        self._flagging.tell(functools.partial(announce, trainer))
+        self._flagging.tell(functools.partial(self._say, trainer))
+
+    def _say(self, trainer: Trainer, message: str) -> None:
+        announce(trainer, f"{speaker(self.name)}: {message}")
 
     def _preflight(self, trainer: Trainer, plan: tuple[str, ...]) -> None:
         assert self._engine is not None
         sinks = self._make_sinks(trainer)  # first: the processes ask each other
-        announce(trainer, "sgd_probe: " + "\n  ".join(plan))
+        self._say(trainer, "\n  ".join(plan))
         self._sinks = SinkGroup(sinks, self._strict)
         with self._engine.ledger.charge():
             self._start_sinks(plan)

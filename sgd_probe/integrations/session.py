@@ -24,7 +24,7 @@ from sgd_probe.engine import CurvatureError, ProbeConfig, ProbeEngine, duration
 from sgd_probe.integrations.flagging import Flagging, OnFlag
 from sgd_probe.isolation import capture
 from sgd_probe.result import WindowResult
-from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors
+from sgd_probe.sinks.base import RunInfo, Sink, SinkGroup, Vectors, speaker
 from sgd_probe.sinks.folder import FolderSink
 from sgd_probe.sinks.terminal import TerminalSink
 
@@ -264,7 +264,7 @@ class ProbeSession:
         with ExitStack() as stack:
             stack.enter_context(self._kept())
             if engine.window_seconds > LONG_PAUSE:
-                self._host.announce(f"sgd_probe: finding directions, about {duration(engine.window_seconds)}")
+                self._say(f"finding directions, about {duration(engine.window_seconds)}")
                 stack.callback(setattr, engine, "on_product", None)
                 engine.on_product = stack.enter_context(self._host.progress(engine.expected_products))
             basis = engine.open_window(step)
@@ -283,14 +283,17 @@ class ProbeSession:
         result, vectors = closed
         self.results.append(result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
-            self._host.announce(f"sgd_probe: {one_line(result)}")
+            self._say(one_line(result))
         self.flagging.take(result, vectors)
         with engine.ledger.charge():
             self._sinks.write(result, named_vectors(self._config, result, vectors))
-        self.flagging.tell(self._host.announce)
+        self.flagging.tell(self._say)
+
+    def _say(self, message: str) -> None:
+        self._host.announce(f"{speaker(self._name)}: {message}")
 
     def _begin(self, engine: ProbeEngine, plan: tuple[str, ...]) -> None:
-        self._host.announce("sgd_probe: " + "\n  ".join(plan))
+        self._say("\n  ".join(plan))
         space = engine.space
         sinks = list(self._host.sinks())
         folder = next((sink for sink in sinks if isinstance(sink, FolderSink)), None)

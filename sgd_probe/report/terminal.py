@@ -25,11 +25,14 @@ _NARROWEST, _WIDEST = 80, 120
 _FULL = 100
 
 
-def window_summary(result: WindowResult, *, rich: bool | None = None, width: int | None = None) -> str:
+def window_summary(
+    result: WindowResult, *, speaker: str = "sgd_probe", rich: bool | None = None, width: int | None = None
+) -> str:
     """The modes of a window as a table, with its counts, its horizon, its cost and its warnings.
 
     Args:
         result: the window.
+        speaker: what the probe calls itself.
         rich: with colours, by Rich; where None, if that is installed and the output is a terminal.
         width: of the table in characters; that of the terminal if None.
     """
@@ -40,13 +43,13 @@ def window_summary(result: WindowResult, *, rich: bool | None = None, width: int
     columns = len(_COLUMNS) if width >= _FULL else len(_COLUMNS) - 2
     rows = [_row(mode)[:columns] for mode in result.modes]
     table = _rich_table(result, rows, width) if rich else _plain_table(rows)
-    title = f"sgd_probe: window {result.index}, optimizer steps {steps(result)}"
+    title = f"{speaker}: window {result.index}, optimizer steps {steps(result)}"
     return "\n".join([title, f"  {result.optimizer}; {result.sampling}", "", table, "", *_notes(result)])
 
 
-def places(windows: int, folder: Path | None) -> str:
+def places(windows: int, folder: Path | None, speaker: str = "sgd_probe") -> str:
     """Say how many windows there were, and where their results lie."""
-    count = f"sgd_probe: {windows} window{'' if windows == 1 else 's'} closed."
+    count = f"{speaker}: {windows} window{'' if windows == 1 else 's'} closed."
     if folder is None:
         return f"{count} `probe.results` holds them; give the probe a `run_dir` to keep them."
     return f"{count} Results in {_relative(folder)}{os.sep}, the page is report.html there."

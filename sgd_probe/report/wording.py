@@ -128,8 +128,11 @@ def steps(result: WindowResult) -> str:
 
 def horizon(result: WindowResult) -> str:
     """Write over how long the verdicts of a window hold."""
-    known = math.isfinite(result.epochs)
-    return f"{result.steps:,} steps" + (f" ({result.epochs:.3g} epochs)" if known else "")
+    length = f"{result.steps:,} steps"
+    if not math.isfinite(result.epochs):
+        return length
+    epochs = f"{result.epochs:.3g}"
+    return f"{length} ({epochs} epoch{'s' if epochs != '1' else ''})"
 
 
 def headline(result: WindowResult) -> str:

@@ -51,6 +51,11 @@ class Sink(Protocol):
         """Called once when the fit has ended, however it ended."""
 
 
+def speaker(name: str = "sgd_probe") -> str:
+    """What a probe calls itself in its messages: with its name, where the user has given it one."""
+    return name if name == "sgd_probe" else f"sgd_probe {name}"
+
+
 def scalars(result: WindowResult, name: str = "sgd_probe") -> dict[str, float]:
     """Every scalar of a window under its exact metric name; non-finite values are left out.
 

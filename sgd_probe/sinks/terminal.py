@@ -8,7 +8,7 @@ from typing import Literal
 
 from sgd_probe.report.terminal import places, window_summary
 from sgd_probe.result import WindowResult
-from sgd_probe.sinks.base import RunInfo, Vectors
+from sgd_probe.sinks.base import RunInfo, Vectors, speaker
 from sgd_probe.sinks.folder import FolderSink
 
 
@@ -32,23 +32,26 @@ class TerminalSink:
         self._folder = folder
         self._last: WindowResult | None = None
         self._windows = 0
+        self._speaker = speaker()
 
     def start(self, run: RunInfo) -> None:
-        """Nothing to do."""
+        """Learn whose windows they are."""
+        self._speaker = speaker(run.name)
 
     def write(self, result: WindowResult, vectors: Vectors) -> None:
         """Print the window, where every one is wanted."""
         self._last = result
         self._windows += 1
         if self._when == "windows":
-            self._say(window_summary(result))
+            self._say(window_summary(result, speaker=self._speaker))
 
     def finish(self) -> None:
         """Print what the training has not shown yet, and where the results lie."""
         if self._when == "off" or self._last is None:
             return
-        table = window_summary(self._last) + "\n" if self._when == "end" else ""
-        self._say(table + places(self._windows, None if self._folder is None else self._folder.path))
+        table = window_summary(self._last, speaker=self._speaker) + "\n" if self._when == "end" else ""
+        folder = None if self._folder is None else self._folder.path
+        self._say(table + places(self._windows, folder, self._speaker))
 
     def _say(self, text: str) -> None:
         # A terminal that knows no superscripts gets question marks in their place, not an exception.

@@ -51,6 +51,7 @@ def test_numbers_that_are_missing_are_unknown_and_undermined_verdicts_are_marked
     text = window_summary(make_window(modes=(mode,), expected_false_flags=math.nan), rich=False)
     assert "confined !" in text and "unknown" in text and "nan" not in text
     assert "takes the ground from under" in text and "expected to be wrong" not in text
+    assert "over 1,000 steps (1 epoch)." in window_summary(make_window(epochs=1.0))
     assert "No modes" in window_summary(make_window(modes=()), rich=False)
 
 
@@ -84,6 +85,16 @@ def test_windows_are_printed_when_they_are_wanted(when: str, shown: list[int], t
     if when != "off":
         assert "2 windows closed" in told[-1] and str(tmp_path) in told[-1]
         assert sum("window 1, optimizer steps" in text for text in told) == 1
+
+
+def test_a_probe_with_a_name_of_its_own_says_whose_window_it_is(tmp_path: Path) -> None:
+    told: list[str] = []
+    sink = TerminalSink(told.append, folder=FolderSink(tmp_path))
+    sink.start(dataclasses.replace(RUN, name="generator"))
+    sink.write(make_window(), {})
+    sink.finish()
+    assert told[0].startswith("sgd_probe generator: window 0")
+    assert "sgd_probe generator: 1 window closed." in told[0]
 
 
 def test_without_a_window_or_a_folder_it_says_what_there_is() -> None:
