@@ -8,15 +8,14 @@ precise second opinion, and neither touches a weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -45,16 +44,24 @@ class Evaluation:
     Attributes:
         loss: a scalar with its graph.
         aliases: the probed parameters that it is a function of.
-        replaced: all that stood in the module's place, by name.
+        places: where they, and all else that was replaced, stood.
     """
 
     loss: Tensor
     aliases: list[Tensor]
-    replaced: dict[str, Tensor]
+    places: list[_Place]
 
 
-class AliasedLoss(nn.Module):
-    """Gives whatever is done with a module the form of a forward pass, which functional_call can redirect.
+class _Place(NamedTuple):
+    """An entry of a module's parameters or buffers, and what stands in for it."""
+
+    holder: dict[str, Any]
+    name: str
+    tensor: Tensor
+
+
+class AliasedLoss:
+    """The training loss of a module, and what is derived from it, on aliases of the module's weights.
 
     Args:
         module: the user's module.
@@ -64,15 +71,10 @@ class AliasedLoss(nn.Module):
     """
 
     def __init__(self, module: nn.Module, loss: LossFunction, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
         self.module = module
         self._loss = loss
         self._dtype = dtype
         self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
-
-    def forward(self, work: Callable[[], Any]) -> Any:
-        with QuickSecondDerivatives():
-            return work()
 
     def evaluate(
         self, space: ParameterSpace, batch: CurvatureBatch, shift: Sequence[Tensor] | None = None
@@ -94,22 +96,25 @@ class AliasedLoss(nn.Module):
             aliases = [self._alias(parameter) for parameter in space.parameters]
             if shift is not None:
                 aliases = [alias + part for alias, part in zip(aliases, shift, strict=True)]
-            names = (f"module.{name}" for name in space.names)
-            replaced = dict(zip(names, (alias.requires_grad_() for alias in aliases), strict=True))
+            own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+            replaced = {
+                own[name]: alias.requires_grad_() for name, alias in zip(space.names, aliases, strict=True)
+            }
             # Buffers, and weights that are written to, change on clones: a graph would see them change.
-            for name, parameter in self.named_parameters():
-                if name not in replaced and (self._dtype is not None or parameter in self._written):
-                    replaced[name] = self._alias(parameter).requires_grad_(parameter.requires_grad)
-            replaced |= {name: self._copy(buffer.detach()) for name, buffer in self.named_buffers()}
+            for parameter in self.module.parameters():
+                if parameter not in replaced and (self._dtype is not None or parameter in self._written):
+                    replaced[parameter] = self._alias(parameter).requires_grad_(parameter.requires_grad)
+            replaced |= {buffer: self._copy(buffer.detach()) for buffer in self.module.buffers()}
+            places = _places(self.module, replaced)
             step = partial(self._loss, self.module, batch.thaw(self._dtype), batch.index)
             seed_all(batch.seed)
-            with rehearsed(self.module) as written, self._one_precision():
-                found = functional_call(self, replaced, (step,))
+            with rehearsed(self.module) as written, self._one_precision(), _standing_in(places):
+                found = step()
             self._written |= written
         loss = checked(found)
         if self._dtype is not None:
             _check_precision(loss, self._dtype)
-        return Evaluation(loss, aliases, replaced)
+        return Evaluation(loss, aliases, places)
 
     def differentiate(
         self,
@@ -129,8 +134,8 @@ class AliasedLoss(nn.Module):
             torch.autograd.grad, outputs, evaluation.aliases, vectors, allow_unused=True, **options
         )
         try:
-            with self._one_precision():
-                return cast(tuple[Tensor, ...], functional_call(self, evaluation.replaced, (work,)))
+            with self._one_precision(), _standing_in(evaluation.places):
+                return work()
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -151,6 +156,31 @@ class AliasedLoss(nn.Module):
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return cast_tensor(tensor.clone(), self._dtype)
+
+
+def _places(module: nn.Module, replaced: Mapping[Tensor, Tensor]) -> list[_Place]:
+    """Every entry of the module and those below it that holds one of some tensors: of a tied weight, all."""
+    return [
+        _Place(holder, name, replaced[tensor])
+        for part in module.modules()
+        for holder in (part._parameters, part._buffers)
+        for name, tensor in holder.items()
+        if tensor is not None and tensor in replaced
+    ]
+
+
+@contextmanager
+def _standing_in(places: Sequence[_Place]) -> Iterator[None]:
+    """The aliases stand in the module's place, and layers have their quick second derivatives."""
+    before = [holder[name] for holder, name, _ in places]
+    try:
+        for holder, name, tensor in places:
+            holder[name] = tensor
+        with QuickSecondDerivatives():
+            yield
+    finally:
+        for (holder, name, _), own in zip(places, before, strict=True):
+            holder[name] = own
 
 
 class _DoubleThroughout(TorchFunctionMode):

@@ -365,7 +365,8 @@ def test_what_cannot_be_probed_says_so(name: str) -> None:
 
 
 def test_every_way_to_a_product_refuses_numbers_that_are_not_finite() -> None:
-    module, space = build("mlp"), ParameterSpace.of(build("mlp"))
+    module = build("mlp")
+    space = ParameterSpace.of(module)
     vector = torch.ones(space.size, dtype=torch.float64)
     operator = HessianOperator(module, BAD["kink"][0], freeze(contents()), space)
     with isolated(module), operator, pytest.raises(CurvatureError, match="finite"):
