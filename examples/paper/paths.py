@@ -1,0 +1,111 @@
+"""SGD of many seeds at once from a minimum, its linearised twin, and verdicts on what both did.
+
+Verdicts come from the package's own sums and rule, fed with x = v.(theta_t - theta_0) and the gradient used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from problems import Problem
+from torch import Tensor
+from torch.func import grad, vmap
+
+from sgd_probe import Verdict
+from sgd_probe.dynamics.statistics import WindowStatistics
+from sgd_probe.dynamics.verdict import judge, weigh
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Motion along directions.
+
+    Attributes:
+        rate: learning rate.
+        x: displacement before each step and after the last, shape (steps + 1, seeds, directions).
+        g: gradient used by each step, shape (steps, seeds, directions).
+    """
+
+    rate: float
+    x: Array
+    g: Array
+
+    @property
+    def steps(self) -> int:
+        return len(self.g)
+
+    def __getitem__(self, directions: Any) -> Paths:
+        """Some of the directions."""
+        return Paths(self.rate, self.x[..., directions], self.g[..., directions])
+
+    def between(self, first: int, last: int) -> Paths:
+        """The steps of a window, displacements counted from its start."""
+        return Paths(self.rate, self.x[first : last + 1] - self.x[first], self.g[first:last])
+
+    def statistics(self) -> WindowStatistics:
+        """The package's running sums, one mode for each seed and direction."""
+        x, g = self.x.reshape(self.steps + 1, -1), self.g.reshape(self.steps, -1)
+        sums = WindowStatistics.empty(x.shape[1], self.steps)
+        for t in range(self.steps):
+            sums = sums.update(x[t], g[t], x[t + 1], self.rate, self.rate)
+        return sums
+
+    def verdicts(self) -> NDArray[np.str_]:
+        """The package's verdict on each seed and direction, shape (seeds, directions)."""
+        found = [judge(evidence).verdict.value for evidence in weigh(self.statistics(), 0.0)]
+        return np.array(found).reshape(self.g.shape[1:])
+
+    def flipped(self, rng: np.random.Generator) -> Paths:
+        """Centred increments with random signs: the same sizes of steps, and no restoring force.
+
+        The gradient of a step is what would have made it.
+        """
+        centred = self.g - self.g.mean(0)
+        g = centred * rng.choice([-1.0, 1.0], size=self.g.shape)
+        x = np.concatenate([np.zeros_like(self.x[:1]), -self.rate * g.cumsum(0)])
+        return Paths(self.rate, x, g)
+
+
+def descend(
+    problem: Problem,
+    rate: float,
+    drawn: Tensor,
+    directions: Tensor,
+    *,
+    start: Tensor | None = None,
+    force: Callable[[Tensor, int], Tensor] | None = None,
+) -> Paths:
+    """Plain SGD on stacked weights, in float32: what ``torch.optim.SGD`` does, for all seeds at once.
+
+    Args:
+        problem: at its minimum theta_0.
+        rate: learning rate.
+        drawn: samples of each minibatch, shape (steps, seeds, samples).
+        directions: columns, shape (weights, k).
+        start: theta - theta_0 at the start, shape (seeds, weights).
+        force: added to the gradient, from theta - theta_0 and the step.
+    """
+    weights, along = problem.weights.float(), directions.float()
+    gradient = vmap(grad(lambda moved, rows: problem.loss(weights + moved, rows)))
+    moved = torch.zeros(drawn.shape[1], len(weights)) if start is None else start.float()
+    x, g = [moved @ along], []
+    for t, rows in enumerate(drawn):
+        used = gradient(moved, rows)
+        if force is not None:
+            used = used + force(moved, t)
+        moved = moved - rate * used
+        g.append(used @ along)
+        x.append(moved @ along)
+    return Paths(rate, torch.stack(x).double().numpy(), torch.stack(g).double().numpy())
+
+
+def shares(verdicts: NDArray[np.str_], wanted: Verdict) -> Array:
+    """Share of the directions with a verdict, of each seed, (seeds,)."""
+    return np.asarray((verdicts == wanted.value).mean(1))
