@@ -16,7 +16,6 @@ from problems import Problem
 from torch import Tensor
 from torch.func import grad, vmap
 
-from sgd_probe import Verdict
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.dynamics.verdict import judge, weigh
 
@@ -106,6 +105,34 @@ def descend(
     return Paths(rate, torch.stack(x).double().numpy(), torch.stack(g).double().numpy())
 
 
-def shares(verdicts: NDArray[np.str_], wanted: Verdict) -> Array:
-    """Share of the directions with a verdict, of each seed, (seeds,)."""
-    return np.asarray((verdicts == wanted.value).mean(1))
+def twin(problem: Problem, rate: float, drawn: Tensor, directions: Tensor) -> Paths:
+    """The linearised twin: the Hessian of theta_0 for good, and the same minibatches' gradients at theta_0.
+
+    ``z' = z - rate (H z + g_B(theta_0))``, in the modes of H, in float64. Arguments as for :func:`descend`.
+    """
+    values, rows = problem.eigenvalues, problem.gradients @ problem.vectors
+    mixing = problem.vectors.T @ directions
+    z = torch.zeros(drawn.shape[1], len(values), dtype=torch.float64)
+    x, g = [z @ mixing], []
+    for now in drawn:
+        used = values * z + rows[now].mean(1)
+        z = z - rate * used
+        g.append(used @ mixing)
+        x.append(z @ mixing)
+    return Paths(rate, torch.stack(x).numpy(), torch.stack(g).numpy())
+
+
+def effective_curvature(problem: Problem, directions: Tensor) -> Array:
+    """What decides how a direction v moves, known from H and the noise covariance C: ``v.CHv / v.Cv``, (k,).
+
+    An eigenvalue for an eigenvector.
+    """
+    mixing = problem.vectors.T @ directions
+    noise = problem.deviations.T @ (problem.deviations @ mixing) / problem.samples
+    return np.asarray(((noise * problem.eigenvalues[:, None] * mixing).sum(0) / (noise * mixing).sum(0)).numpy())
+
+
+def draw(problem: Problem, steps: int, seeds: int, batch: int, seed: int) -> Tensor:
+    """Samples of minibatches, with replacement, shape (steps, seeds, batch)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(problem.samples, (steps, seeds, batch), generator=generator)

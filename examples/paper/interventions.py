@@ -1,0 +1,281 @@
+"""Does a verdict follow what is done to the loss? A tether makes a flat direction confined; a kick decays.
+
+Tether: a live training that the package watches. Its first window flags directions as diffusive. Every other
+flagged one is then tied to where it is by ``k/2 (v.(theta - theta_t))^2`` in the user's loss, for the second
+window; for the third the tie is cut. The flagged directions that are left alone are the control.
+
+Kick: two runs with the same minibatches, one displaced along a mode. Their distance along it has to decay as
+``(1 - eta lambda)^t``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from drawing import BLUE, GREY, LAYOUT, ORANGE, bars
+from estimates import Estimate, over_seeds, share, table
+from numpy.typing import NDArray
+from paths import Paths, draw
+from probing import batches, train
+from problems import Problem
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
+
+Array = NDArray[np.float64]
+
+PULL, BATCH = 0.5, 64
+#: Of the tether experiment: steps of a window, steps before the next, eta k of each tether.
+WINDOW, REST = 80, 30
+TETHERS = (0.6, 0.8, 1.0)
+#: Squared cosine from which a mode of a window is a tethered direction.
+SAME = 0.9
+PHASES = ("before", "tethered", "released")
+#: Lag of displacements, steps.
+LAG = 20
+#: Of the kick: modes, the smallest lambda / lambda_1, weight units.
+KICKED, SMALLEST, KICK = 8, {"vision": 0.0105, "language": 0.002}, 1e-3
+
+
+# The tether
+
+
+@dataclass(frozen=True, eq=False)
+class Tethered:
+    """Directions that the first window of each run flagged, through the three windows.
+
+    Attributes:
+        verdicts: by the package's rule on the steps of each window, shape (directions, phases).
+        tied: which of them the second phase tethers, shape (directions,).
+        spread: squared displacement over ``LAG`` steps over that of a free direction, (directions, phases).
+        foretold: the same by the closed forms, from eta k and the noise at the minimum.
+        seed: of each direction.
+        seen: LoopProbe's second window lists the direction as a stiff mode and calls it so; "" where none of
+            its modes is the direction, (directions,).
+        flat: in each phase, verdicts of LoopProbe's own near-flat directions, of all seeds.
+    """
+
+    verdicts: NDArray[np.str_]
+    tied: NDArray[np.bool_]
+    spread: Array
+    foretold: Array
+    seed: NDArray[np.int64]
+    seen: NDArray[np.str_]
+    flat: tuple[tuple[str, ...], ...]
+
+    def share(self, phase: int, verdict: Verdict, tied: bool) -> Estimate:
+        """Of the directions, those with a verdict in a phase."""
+        chosen = self.tied == tied
+        found = chosen & (self.verdicts[:, phase] == verdict.value)
+        return share(self._per_seed(found), self._per_seed(chosen))
+
+    def displacement(self, phase: int, tied: bool) -> Estimate:
+        """Mean of ``spread``."""
+        chosen = self.tied == tied
+        return share(self._per_seed(chosen * self.spread[:, phase]), self._per_seed(chosen))
+
+    def _per_seed(self, values: Array | NDArray[np.bool_]) -> Array:
+        return np.bincount(self.seed, values.astype(float), minlength=int(self.seed.max()) + 1)
+
+
+class Tether:
+    """The user's loss with a tie that can be put on and cut."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.vectors: Tensor | None = None
+        self.stiffness = self.origin = torch.zeros(0)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        value = self.problem.criterion(model(batch[0]), batch[1])
+        if self.vectors is None:
+            return value
+        away = (nn.utils.parameters_to_vector(model.parameters()) - self.origin) @ self.vectors
+        return value + 0.5 * (self.stiffness * away**2).sum()
+
+    def tie(self, model: nn.Module, vectors: Tensor, stiffness: Tensor) -> None:
+        self.origin = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        self.vectors, self.stiffness = vectors, stiffness
+
+    def cut(self) -> None:
+        self.vectors = None
+
+
+def tether(problem: Problem, seeds: int) -> Tethered:
+    """Three windows of each run: before, tethered and released."""
+    rows: list[dict[str, Any]] = []
+    flat: tuple[list[str], ...] = ([], [], [])
+    for seed in range(seeds):
+        rows += _tethered_run(problem, seed, flat)
+
+    def column(name: str) -> NDArray[Any]:
+        return np.array([row[name] for row in rows])
+
+    names = ("verdicts", "tied", "spread", "foretold", "seed", "seen")
+    return Tethered(*(column(name) for name in names), tuple(map(tuple, flat)))
+
+
+def _tethered_run(problem: Problem, seed: int, flat: tuple[list[str], ...]) -> list[dict[str, Any]]:
+    rate, loss = problem.rate(PULL), Tether(problem)
+    steps = 20 + 3 * (WINDOW + REST)
+    places: list[Tensor] = []
+    flagged: list[Tensor] = []
+
+    def watch(model: nn.Module, results: list[WindowResult], probe: LoopProbe) -> None:
+        places.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
+        if len(results) == 1 and not flagged:
+            flats = {mode.name for mode in results[0].modes if mode.kind is ModeKind.FLAT}
+            flagged.extend(vector for name, vector in probe.basis.items() if name in flats)
+            tied = flagged[::2][: len(TETHERS)]
+            if tied:
+                loss.tie(model, torch.stack(tied, 1), torch.tensor(TETHERS[: len(tied)]) / rate)
+        elif len(results) == 2:
+            loss.cut()
+
+    windows = train(
+        problem,
+        rate,
+        batches(problem, draw(problem, steps, 1, BATCH, 500 + seed)[:, 0]),
+        steps=steps,
+        loss=loss.loss,
+        after=watch,
+        top=5,
+        flat=6,
+        window=WINDOW,
+        every_n_steps=WINDOW + REST,
+        curvature_batches=6,
+    )
+    for found, window in zip(flat, windows, strict=False):
+        found += [mode.verdict.value for mode in window.result.modes if mode.kind is ModeKind.FLAT]
+    path = torch.stack(places)
+    return [
+        _row(problem, rate, vector.double(), index, seed, path, windows) for index, vector in enumerate(flagged)
+    ]
+
+
+def _row(
+    problem: Problem, rate: float, vector: Tensor, index: int, seed: int, path: Tensor, windows: Sequence[Any]
+) -> dict[str, Any]:
+    """One flagged direction through the three windows."""
+    x = (path @ vector).numpy()[:, None, None]
+    g = -np.diff(x, axis=0) / rate  # plain SGD: what it moved by is what it used
+    mixing = problem.vectors.T @ vector
+    noise = float((problem.deviations @ mixing).square().mean()) / BATCH
+    tied = index % 2 == 0 and index // 2 < len(TETHERS)
+    verdicts, spread, foretold = [], [], []
+    for phase, window in enumerate(windows[: len(PHASES)]):
+        first, last = window.result.opened_at_step, window.result.closed_at_step
+        part = Paths(rate, x, g).between(first, last)
+        verdicts.append(str(part.verdicts()[0, 0]))
+        moved = np.diff(part.x[::LAG, 0, 0])
+        spread.append(float((moved**2).mean()) / (rate**2 * noise * LAG))
+        pull = TETHERS[index // 2] if tied and phase == 1 else 0.0
+        a = 1 - pull
+        foretold.append(2 * (1 - a**LAG) / (pull * (2 - pull) * LAG) if pull else 1.0)
+    seen = ""
+    if tied:
+        cosines = (windows[1].vectors.T @ vector).square()
+        best = int(cosines.argmax())
+        if float(cosines[best]) >= SAME:
+            seen = windows[1].result.modes[best].verdict.value
+    return {
+        "verdicts": verdicts,
+        "tied": tied,
+        "spread": spread,
+        "foretold": foretold,
+        "seed": seed,
+        "seen": seen,
+    }
+
+
+# The kick
+
+
+@dataclass(frozen=True, eq=False)
+class Kicked:
+    """Distances between kicked runs and their companions.
+
+    Attributes:
+        pulls: eta lambda of each mode, (modes,).
+        distance: along the kicked mode over the kick, shape (steps + 1, modes, seeds).
+    """
+
+    pulls: Array
+    distance: Array
+    rates: list[Estimate] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", [self._rate(index) for index in range(len(self.pulls))])
+
+    def _rate(self, mode: int) -> Estimate:
+        """``1 - a`` with a the regression of a step's distance on that before, over all seeds."""
+        distance = self.distance[:, mode].T
+
+        def rate(paths: Array) -> float:
+            before, after = paths[:, :-1], paths[:, 1:]
+            return float(((before - after) * before).sum() / (before**2).sum())
+
+        return over_seeds(rate, distance)
+
+
+def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps: int, seeds: int) -> Kicked:
+    """Runs with common minibatches, in float64: one by itself, and one kicked along each mode."""
+    rate, vectors = problem.rate(pull), problem.vectors[:, list(modes)]
+    drawn = draw(problem, steps, seeds, batch, 900)
+    kicks = torch.cat([torch.zeros(1, problem.size), KICK * vectors.T]).double()
+    moved = kicks[:, None].repeat(1, seeds, 1)
+    runs = vmap(vmap(grad(lambda there, rows: problem.loss(problem.weights + there, rows))), in_dims=(0, None))
+    distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
+    for rows in drawn:
+        moved = moved - rate * runs(moved, rows)
+        apart = moved[1:] - moved[0]
+        distance.append(torch.einsum("msp,pm->ms", apart, vectors) / KICK)
+    pulls = (problem.eigenvalues[list(modes)] * rate).numpy()
+    return Kicked(pulls, torch.stack(distance).numpy())
+
+
+def spaced_modes(problem: Problem, count: int, smallest: float) -> list[int]:
+    """Modes whose curvatures are spaced evenly on a logarithmic axis, from the stiffest one down."""
+    values = problem.eigenvalues
+    wanted = np.geomspace(1, smallest, count) * float(values[0])
+    candidates = torch.where(problem.moving, values, torch.inf)
+    return sorted({int((candidates.log() - np.log(level)).abs().argmin()) for level in wanted})
+
+
+# The report
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Of one problem.
+
+    Attributes:
+        problem: its name.
+        tethered: the tether's.
+        kicked: kicks along modes from stiff to flat.
+        alternating: a kick along the stiffest mode at eta lambda = 1.3.
+    """
+
+    problem: str
+    tethered: Tethered
+    kicked: Kicked
+    alternating: Kicked
+
+
+def measure(problem: Problem, quick: bool = False) -> Result:
+    """Tether and kick."""
+    text = problem.name == "language"
+    tether_seeds, seeds, steps = (1, 2, 20) if quick else (8 if text else 16, 16, 60)
+    modes = spaced_modes(problem, 4 if quick else KICKED, SMALLEST[problem.name])
+    return Result(
+        problem.name,
+        tether(problem, tether_seeds),
+        kick(problem, PULL, BATCH, modes, steps, seeds),
+        kick(problem, 1.3, 4 * BATCH, [0], 12, seeds),
+    )
