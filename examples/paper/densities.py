@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from estimates import Array
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -26,8 +26,6 @@ from sgd_probe.theory.master_equation import (
     master_equation,
     modified_equation,
 )
-
-Array = NDArray[np.float64]
 
 MASTER, GAUSSIAN = "master equation", "Gaussian steps (SGD's two moments)"
 MODIFIED, LANGEVIN = "modified equation", "Langevin equation"

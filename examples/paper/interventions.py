@@ -12,35 +12,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from drawing import BLUE, GREY, LAYOUT, ORANGE, bars
-from estimates import Estimate, over_seeds, share, table
+from drawing import BLUE, GREEN, GREY, LAYOUT, ORANGE, bars
+from estimates import Array, Estimate
 from numpy.typing import NDArray
 from paths import Paths, draw
 from probing import batches, train
 from problems import Problem
+from shares import over_seeds, percent, share, shown, table
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
 
-Array = NDArray[np.float64]
-
+#: eta lambda_1 and B.
 PULL, BATCH = 0.5, 64
-#: Of the tether experiment: steps of a window, steps before the next, eta k of each tether.
-WINDOW, REST = 80, 30
-TETHERS = (0.6, 0.8, 1.0)
+#: eta k of each tether; steps between two windows.
+TETHERS, REST = (0.6, 0.8, 1.0), 30
 #: Squared cosine from which a mode of a window is a tethered direction.
 SAME = 0.9
 PHASES = ("before", "tethered", "released")
-#: Lag of displacements, steps.
-LAG = 20
-#: Of the kick: modes, the smallest lambda / lambda_1, weight units.
-KICKED, SMALLEST, KICK = 8, {"vision": 0.0105, "language": 0.002}, 1e-3
+#: Lag of displacements, steps; size of a kick, weight units.
+LAG, KICK = 20, 1e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        tethered: runs of three windows.
+        window: their steps.
+        kicked: modes along which runs are kicked.
+        smallest: curvature of the last of them over lambda_1.
+        seeds: of kicked runs.
+        steps: that they are followed.
+    """
+
+    tethered: int
+    window: int
+    kicked: int
+    smallest: float
+    seeds: int
+    steps: int
+
+
+FULL = {"vision": Plan(16, 80, 8, 0.0105, 16, 60), "language": Plan(10, 80, 8, 0.002, 16, 60)}
+QUICK = {"vision": Plan(1, 60, 4, 0.0105, 3, 15), "language": Plan(1, 60, 4, 0.002, 3, 15)}
 
 
 # The tether
@@ -107,12 +128,12 @@ class Tether:
         self.vectors = None
 
 
-def tether(problem: Problem, seeds: int) -> Tethered:
+def tether(problem: Problem, plan: Plan) -> Tethered:
     """Three windows of each run: before, tethered and released."""
     rows: list[dict[str, Any]] = []
     flat: tuple[list[str], ...] = ([], [], [])
-    for seed in range(seeds):
-        rows += _tethered_run(problem, seed, flat)
+    for seed in range(plan.tethered):
+        rows += _tethered_run(problem, plan.window, seed, flat)
 
     def column(name: str) -> NDArray[Any]:
         return np.array([row[name] for row in rows])
@@ -121,9 +142,11 @@ def tether(problem: Problem, seeds: int) -> Tethered:
     return Tethered(*(column(name) for name in names), tuple(map(tuple, flat)))
 
 
-def _tethered_run(problem: Problem, seed: int, flat: tuple[list[str], ...]) -> list[dict[str, Any]]:
+def _tethered_run(
+    problem: Problem, window: int, seed: int, flat: tuple[list[str], ...]
+) -> list[dict[str, Any]]:
     rate, loss = problem.rate(PULL), Tether(problem)
-    steps = 20 + 3 * (WINDOW + REST)
+    steps = 20 + 3 * (window + REST)
     places: list[Tensor] = []
     flagged: list[Tensor] = []
 
@@ -147,12 +170,12 @@ def _tethered_run(problem: Problem, seed: int, flat: tuple[list[str], ...]) -> l
         after=watch,
         top=5,
         flat=6,
-        window=WINDOW,
-        every_n_steps=WINDOW + REST,
+        window=window,
+        every_n_steps=window + REST,
         curvature_batches=6,
     )
-    for found, window in zip(flat, windows, strict=False):
-        found += [mode.verdict.value for mode in window.result.modes if mode.kind is ModeKind.FLAT]
+    for found, probed in zip(flat, windows, strict=False):
+        found += [mode.verdict.value for mode in probed.result.modes if mode.kind is ModeKind.FLAT]
     path = torch.stack(places)
     return [
         _row(problem, rate, vector.double(), index, seed, path, windows) for index, vector in enumerate(flagged)
@@ -171,7 +194,7 @@ def _row(
     verdicts, spread, foretold = [], [], []
     for phase, window in enumerate(windows[: len(PHASES)]):
         first, last = window.result.opened_at_step, window.result.closed_at_step
-        part = Paths(rate, x, g).between(first, last)
+        part = Paths(np.full(len(g), rate), x, g).between(first, last)
         verdicts.append(str(part.verdicts()[0, 0]))
         moved = np.diff(part.x[::LAG, 0, 0])
         spread.append(float((moved**2).mean()) / (rate**2 * noise * LAG))
@@ -268,14 +291,118 @@ class Result:
     alternating: Kicked
 
 
-def measure(problem: Problem, quick: bool = False) -> Result:
+def measure(problem: Problem, plan: Plan) -> Result:
     """Tether and kick."""
-    text = problem.name == "language"
-    tether_seeds, seeds, steps = (1, 2, 20) if quick else (8 if text else 16, 16, 60)
-    modes = spaced_modes(problem, 4 if quick else KICKED, SMALLEST[problem.name])
+    modes = spaced_modes(problem, plan.kicked, plan.smallest)
     return Result(
         problem.name,
-        tether(problem, tether_seeds),
-        kick(problem, PULL, BATCH, modes, steps, seeds),
-        kick(problem, 1.3, 4 * BATCH, [0], 12, seeds),
+        tether(problem, plan),
+        kick(problem, PULL, BATCH, modes, plan.steps, plan.seeds),
+        kick(problem, 1.3, 4 * BATCH, [0], 12, plan.seeds),
     )
+
+
+def tables(result: Result) -> str:
+    """Verdicts and displacements of the tethered directions and of the control; rates of decay."""
+    tethered, rows = result.tethered, []
+    for tied in (True, False):
+        chosen = tethered.tied == tied
+        if not chosen.any():
+            continue
+        for phase, name in enumerate(PHASES):
+            row = [f"{'tethered' if tied else 'left alone'} ({chosen.sum()})" if not phase else "", name]
+            row += [
+                percent(tethered.share(phase, verdict, tied))
+                for verdict in (Verdict.CONFINED, Verdict.DIFFUSIVE, Verdict.UNDETERMINED)
+            ]
+            row += [shown(tethered.displacement(phase, tied)), f"{tethered.foretold[chosen, phase].mean():.2f}"]
+            rows.append(row)
+    seen = tethered.seen[tethered.tied]
+    flat = ", ".join(
+        f"{sum(each in _FREE for each in found)} of {len(found)} {name}"
+        for name, found in zip(PHASES, tethered.flat, strict=True)
+    )
+    head = ["directions", "window", "confined", "diffusive", "undetermined", "MSD over free", "foretold"]
+    decays = [
+        [f"{pull:.3g}", shown(rate, ".3g"), shown(over(rate, pull), ".3f")]
+        for kicked in (result.kicked, result.alternating)
+        for pull, rate in zip(kicked.pulls.tolist(), kicked.rates, strict=True)
+    ]
+    return (
+        f"**{result.problem.capitalize()}, tether ({len(set(tethered.seed))} runs)**\n\n{table(head, rows)}\n\n"
+        f"LoopProbe's own second window lists {sum(seen != '')} of the {len(seen)} tethered directions among its "
+        f"stiff modes, and calls {sum(seen == Verdict.CONFINED.value)} of those confined. Of its near-flat "
+        f"directions, drawn anew in each window, are diffusive: {flat}.\n\n"
+        f"**{result.problem.capitalize()}, kick**\n\n"
+        f"{table(['eta lambda', 'decay a step, measured', 'over eta lambda'], decays)}"
+    )
+
+
+_FREE = (Verdict.DIFFUSIVE.value, Verdict.SAMPLING_CONFINED.value)
+
+
+def over(estimate: Estimate, unit: float) -> Estimate:
+    """An estimate in units of a number."""
+    return Estimate(*(each / unit for each in (estimate.value, estimate.low, estimate.high)))
+
+
+def figure(results: Sequence[Result]) -> Any:
+    """The tethered directions' displacements and verdicts by window, and decay against eta lambda."""
+    from plotly.subplots import make_subplots
+
+    titles = ["Tether: how far flagged directions get", "Kick: decay of the distance, a step"]
+    panels = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
+    for index, result in enumerate(results):
+        symbol = SYMBOLS[index % len(SYMBOLS)]
+        for tied, colour, name in ((True, BLUE, "tethered in the second"), (False, ORANGE, "left alone")):
+            if not (result.tethered.tied == tied).any():
+                continue
+            points = [result.tethered.displacement(phase, tied) for phase in range(len(PHASES))]
+            panels.add_scatter(
+                x=[phase + 0.06 * (2 * index - 1) + 0.02 * tied for phase in range(len(PHASES))],
+                y=[each.value for each in points],
+                error_y=bars(points),
+                name=f"{result.problem}, {name}",
+                mode="markers+lines",
+                line={"color": colour, "width": 1.5, "dash": "solid" if not index else "dot"},
+                marker={"color": colour, "symbol": symbol, "size": 10},
+                row=1,
+                col=1,
+            )
+        for kicked in (result.kicked, result.alternating):
+            panels.add_scatter(
+                x=kicked.pulls,
+                y=[each.value for each in kicked.rates],
+                error_y=bars(kicked.rates),
+                name=f"{result.problem}, kick",
+                mode="markers",
+                marker={"color": GREEN, "symbol": symbol, "size": 10},
+                showlegend=kicked is result.kicked,
+                row=1,
+                col=2,
+            )
+    tied = [each.tethered.foretold[each.tethered.tied, 1].mean() for each in results]
+    panels.add_scatter(
+        x=[0.8, 1.2],
+        y=[float(np.mean(tied))] * 2,
+        name="foretold of a tether",
+        mode="lines",
+        line={"color": GREY, "width": 2, "dash": "dash"},
+        row=1,
+        col=1,
+    )
+    line = [5e-4, 2]
+    panels.add_scatter(
+        x=line, y=line, name="η λ", mode="lines", line={"color": GREY, "width": 2}, row=1, col=2
+    )
+    panels.update_xaxes(tickvals=[0, 1, 2], ticktext=list(PHASES), title="window", row=1, col=1)
+    panels.update_yaxes(
+        title=f"mean squared displacement over {LAG} steps / free", type="log", dtick=1, row=1, col=1
+    )
+    panels.update_xaxes(title="η λ of the mode at the minimum", type="log", dtick=1, row=1, col=2)
+    panels.update_yaxes(title="1 − a, measured", type="log", dtick=1, row=1, col=2)
+    panels.update_layout(**LAYOUT, legend={"orientation": "h", "y": -0.2, "x": 0})
+    return panels
+
+
+SYMBOLS = ("circle", "square-open")

@@ -5,21 +5,19 @@ Verdicts come from the package's own sums and rule, fed with x = v.(theta_t - th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from descent import minibatch_gradients
+from estimates import Array
 from numpy.typing import NDArray
 from problems import Problem
 from torch import Tensor
-from torch.func import grad, vmap
 
 from sgd_probe.dynamics.statistics import WindowStatistics
 from sgd_probe.dynamics.verdict import judge, weigh
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +25,12 @@ class Paths:
     """Motion along directions.
 
     Attributes:
-        rate: learning rate.
+        rates: learning rate of each step, (steps,).
         x: displacement before each step and after the last, shape (steps + 1, seeds, directions).
         g: gradient used by each step, shape (steps, seeds, directions).
     """
 
-    rate: float
+    rates: Array
     x: Array
     g: Array
 
@@ -42,18 +40,18 @@ class Paths:
 
     def __getitem__(self, directions: Any) -> Paths:
         """Some of the directions."""
-        return Paths(self.rate, self.x[..., directions], self.g[..., directions])
+        return Paths(self.rates, self.x[..., directions], self.g[..., directions])
 
     def between(self, first: int, last: int) -> Paths:
         """The steps of a window, displacements counted from its start."""
-        return Paths(self.rate, self.x[first : last + 1] - self.x[first], self.g[first:last])
+        return Paths(self.rates[first:last], self.x[first : last + 1] - self.x[first], self.g[first:last])
 
     def statistics(self) -> WindowStatistics:
         """The package's running sums, one mode for each seed and direction."""
         x, g = self.x.reshape(self.steps + 1, -1), self.g.reshape(self.steps, -1)
         sums = WindowStatistics.empty(x.shape[1], self.steps)
-        for t in range(self.steps):
-            sums = sums.update(x[t], g[t], x[t + 1], self.rate, self.rate)
+        for t, rate in enumerate(self.rates.tolist()):
+            sums = sums.update(x[t], g[t], x[t + 1], rate, rate)
         return sums
 
     def verdicts(self) -> NDArray[np.str_]:
@@ -68,47 +66,36 @@ class Paths:
         """
         centred = self.g - self.g.mean(0)
         g = centred * rng.choice([-1.0, 1.0], size=self.g.shape)
-        x = np.concatenate([np.zeros_like(self.x[:1]), -self.rate * g.cumsum(0)])
-        return Paths(self.rate, x, g)
+        x = np.concatenate([np.zeros_like(self.x[:1]), -(self.rates[:, None, None] * g).cumsum(0)])
+        return Paths(self.rates, x, g)
 
 
-def descend(
-    problem: Problem,
-    rate: float,
-    drawn: Tensor,
-    directions: Tensor,
-    *,
-    start: Tensor | None = None,
-    force: Callable[[Tensor, int], Tensor] | None = None,
-) -> Paths:
+def descend(problem: Problem, rates: float | Array, drawn: Tensor, directions: Tensor) -> Paths:
     """Plain SGD on stacked weights, in float32: what ``torch.optim.SGD`` does, for all seeds at once.
 
     Args:
-        problem: at its minimum theta_0.
-        rate: learning rate.
+        problem: all seeds start at its minimum theta_0.
+        rates: learning rate, or that of each step, (steps,).
         drawn: samples of each minibatch, shape (steps, seeds, samples).
         directions: columns, shape (weights, k).
-        start: theta - theta_0 at the start, shape (seeds, weights).
-        force: added to the gradient, from theta - theta_0 and the step.
     """
-    weights, along = problem.weights.float(), directions.float()
-    gradient = vmap(grad(lambda moved, rows: problem.loss(weights + moved, rows)))
-    moved = torch.zeros(drawn.shape[1], len(weights)) if start is None else start.float()
+    gradient, along = minibatch_gradients(problem), directions.float()
+    moved = torch.zeros(drawn.shape[1], problem.size)
     x, g = [moved @ along], []
-    for t, rows in enumerate(drawn):
+    rates = np.broadcast_to(rates, len(drawn))
+    for rate, rows in zip(rates.tolist(), drawn, strict=True):
         used = gradient(moved, rows)
-        if force is not None:
-            used = used + force(moved, t)
         moved = moved - rate * used
         g.append(used @ along)
         x.append(moved @ along)
-    return Paths(rate, torch.stack(x).double().numpy(), torch.stack(g).double().numpy())
+    return Paths(rates, torch.stack(x).double().numpy(), torch.stack(g).double().numpy())
 
 
 def twin(problem: Problem, rate: float, drawn: Tensor, directions: Tensor) -> Paths:
     """The linearised twin: the Hessian of theta_0 for good, and the same minibatches' gradients at theta_0.
 
-    ``z' = z - rate (H z + g_B(theta_0))``, in the modes of H, in float64. Arguments as for :func:`descend`.
+    ``z' = z - rate (H z + g_B(theta_0))``, in the modes of H, in float64. Arguments as for
+    :func:`descend`.
     """
     values, rows = problem.eigenvalues, problem.gradients @ problem.vectors
     mixing = problem.vectors.T @ directions
@@ -119,7 +106,7 @@ def twin(problem: Problem, rate: float, drawn: Tensor, directions: Tensor) -> Pa
         z = z - rate * used
         g.append(used @ mixing)
         x.append(z @ mixing)
-    return Paths(rate, torch.stack(x).numpy(), torch.stack(g).numpy())
+    return Paths(np.full(len(drawn), rate), torch.stack(x).numpy(), torch.stack(g).numpy())
 
 
 def effective_curvature(problem: Problem, directions: Tensor) -> Array:

@@ -17,18 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 from drawing import BLUE, GREY, LAYOUT, ORANGE, bars
-from estimates import Estimate, share, table
+from estimates import Array, Estimate
 from numpy.typing import NDArray
 from paths import Paths, descend, draw, effective_curvature, twin
 from probing import batches, train
 from problems import Problem
+from shares import percent, share, table
 
 from sgd_probe import Verdict
 
-Array = NDArray[np.float64]
-
-#: eta lambda_1, samples of a minibatch, steps of a window.
-PULL, BATCH, WINDOW = 0.5, 64, 120
 #: Classes of kappa.
 CLASSES = ((0.0, 1.0), (1.0, 3.0), (3.0, 20.0), (20.0, math.inf))
 #: Edges of the figure's groups of kappa.
@@ -41,6 +38,21 @@ COLUMNS: tuple[tuple[str, tuple[Verdict, ...]], ...] = (
     ("drifting or unstable", (Verdict.DRIFTING, Verdict.UNSTABLE)),
     ("undetermined", (Verdict.UNDETERMINED, Verdict.NO_NOISE)),
 )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: eta lambda_1, B, T, runs that the package watches and stacked runs of all modes."""
+
+    pull: float = 0.5
+    batch: int = 64
+    window: int = 120
+    probed: int = 12
+    seeds: int = 16
+
+
+FULL = {"vision": Plan(), "language": Plan()}
+QUICK = {"vision": Plan(probed=2, seeds=2), "language": Plan(probed=1, seeds=2)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,17 +110,16 @@ class Result:
     modes: Judged
 
 
-def measure(problem: Problem, quick: bool = False) -> Result:
+def measure(problem: Problem, plan: Plan) -> Result:
     """Run the network, the package on it, and the twin."""
-    probe_seeds, seeds = (2, 2) if quick else (12, 16)
-    return Result(problem.name, probed(problem, probe_seeds), every_mode(problem, seeds))
+    return Result(problem.name, watched(problem, plan), every_mode(problem, plan))
 
 
-def probed(problem: Problem, seeds: int) -> Judged:
+def watched(problem: Problem, plan: Plan) -> Judged:
     """A window of LoopProbe's in each run, and the twin along the directions that it chose."""
-    rate, found = problem.rate(PULL), []
-    for seed in range(seeds):
-        drawn = draw(problem, WINDOW + 20, 1, BATCH, 100 + seed)
+    rate, found = problem.rate(plan.pull), []
+    for seed in range(plan.probed):
+        drawn = draw(problem, plan.window + 20, 1, plan.batch, 100 + seed)
         (window,) = train(
             problem,
             rate,
@@ -117,27 +128,27 @@ def probed(problem: Problem, seeds: int) -> Judged:
             top=8,
             interior=3,
             flat=6,
-            window=WINDOW,
-            every_n_steps=10 * WINDOW,
+            window=plan.window,
+            every_n_steps=10 * plan.window,
             curvature_batches=8,
         )
         first, last = window.result.opened_at_step, window.result.closed_at_step
-        paths = [
+        network, linear = (
             follow(problem, rate, drawn, window.vectors).between(first, last) for follow in (descend, twin)
-        ]
-        kappa = effective_curvature(problem, window.vectors) * rate * WINDOW
+        )
+        kappa = effective_curvature(problem, window.vectors) * rate * plan.window
         verdicts = np.array([mode.verdict.value for mode in window.result.modes])
-        found.append(judged(kappa[None], verdicts[None], *paths))
+        found.append(judged(kappa[None], verdicts[None], network, linear))
     return Judged(*(np.concatenate([getattr(each, name) for each in found]) for name in _FIELDS))
 
 
-def every_mode(problem: Problem, seeds: int) -> Judged:
+def every_mode(problem: Problem, plan: Plan) -> Judged:
     """All exact eigenvectors that have noise, in stacked runs."""
-    rate, vectors = problem.rate(PULL), problem.vectors[:, problem.moving]
-    drawn = draw(problem, WINDOW, seeds, BATCH, 7)
+    rate, vectors = problem.rate(plan.pull), problem.vectors[:, problem.moving]
+    drawn = draw(problem, plan.window, plan.seeds, plan.batch, 7)
     network, linear = (follow(problem, rate, drawn, vectors) for follow in (descend, twin))
-    kappa = (problem.eigenvalues[problem.moving] * rate * WINDOW).numpy()
-    return judged(np.tile(kappa, (seeds, 1)), network.verdicts(), network, linear)
+    kappa = (problem.eigenvalues[problem.moving] * rate * plan.window).numpy()
+    return judged(np.tile(kappa, (plan.seeds, 1)), network.verdicts(), network, linear)
 
 
 def judged(kappa: Array, verdicts: NDArray[np.str_], network: Paths, linear: Paths) -> Judged:
@@ -171,16 +182,15 @@ def _confusion(found: Judged) -> str:
             shares = [found.share(chosen, verdicts, of_twin=of_twin) for _, verdicts in COLUMNS]
             row = ["", "", "twin"] if of_twin else [name, f"{chosen.sum():,}", "network"]
             row += [percent(each) for each in shares]
-            row += ["", ""] if of_twin else [percent(found.agreement(chosen)), percent(found.opposed(chosen))]
+            if of_twin:
+                row += ["", "", ""]
+            else:
+                apart = np.median(found.unexplained[chosen])
+                row += [percent(found.agreement(chosen)), percent(found.opposed(chosen)), f"{apart:.1%}"]
             rows.append(row)
     head = ["kappa", "n", "of", *(name for name, _ in COLUMNS), "same verdict", "opposite verdict"]
+    head.append("paths apart")
     return table(head, rows)
-
-
-def percent(estimate: Estimate) -> str:
-    """A share in per cent with its interval; a plain number where seeds do not differ."""
-    value, low, high = (100 * each for each in estimate)
-    return f"{value:.0f}" if low == high else f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def figure(results: Sequence[Result]) -> Any:
@@ -192,7 +202,7 @@ def figure(results: Sequence[Result]) -> Any:
     )
     for column, result in enumerate(results, start=1):
         place = {"row": 1, "col": column}
-        panels.add_vrect(x0=1, x1=20, fillcolor="#eef0f3", line_width=0, layer="below", **place)
+        panels.add_vrect(x0=1, x1=20, fillcolor="#e6eaf0", line_width=0, layer="below", **place)
         for name, verdicts, colour in (
             ("confined", COLUMNS[0][1], BLUE),
             ("diffusive", COLUMNS[1][1], ORANGE),
@@ -213,7 +223,7 @@ def figure(results: Sequence[Result]) -> Any:
                     showlegend=column == 1,
                     **place,
                 )
-    panels.update_xaxes(title="κ = η λ T of the frozen Hessian", type="log", exponentformat="power")
+    panels.update_xaxes(title="κ = η λ T of the frozen Hessian", type="log", dtick=1)
     panels.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     panels.update_yaxes(title="share of verdicts", col=1)
     panels.update_layout(**LAYOUT, legend={"orientation": "h", "y": -0.2, "x": 0})
