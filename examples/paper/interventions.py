@@ -28,8 +28,8 @@ from torch.func import grad, vmap
 
 from sgd_probe import LoopProbe, ModeKind, Verdict, WindowResult
 
-#: eta lambda_1 and B.
-PULL, BATCH = 0.5, 64
+#: eta lambda_1; of the kick whose distance changes its sign at every step.
+PULL, ALTERNATING = 0.5, 1.3
 #: eta k of each tether; steps between two windows.
 TETHERS, REST = (0.6, 0.8, 1.0), 30
 #: Squared cosine from which a mode of a window is a tethered direction.
@@ -44,24 +44,34 @@ class Plan:
     """What is run.
 
     Attributes:
+        batch: B.
         tethered: runs of three windows.
         window: their steps.
+        curvature: batches in each of LoopProbe's two sets.
         kicked: modes along which runs are kicked.
         smallest: curvature of the last of them over lambda_1.
         seeds: of kicked runs.
         steps: that they are followed.
     """
 
+    batch: int
     tethered: int
     window: int
+    curvature: int
     kicked: int
     smallest: float
     seeds: int
     steps: int
 
 
-FULL = {"vision": Plan(16, 80, 8, 0.0105, 16, 60), "language": Plan(10, 80, 8, 0.002, 16, 60)}
-QUICK = {"vision": Plan(1, 60, 4, 0.0105, 3, 15), "language": Plan(1, 60, 4, 0.002, 3, 15)}
+FULL = {
+    "vision": Plan(64, 16, 80, 6, 8, 0.0105, 16, 60),
+    "language": Plan(64, 10, 80, 4, 8, 0.002, 16, 60),
+}
+QUICK = {
+    "vision": Plan(64, 1, 60, 3, 4, 0.0105, 3, 15),
+    "language": Plan(16, 1, 60, 4, 3, 0.002, 3, 15),
+}
 
 
 # The tether
@@ -133,7 +143,7 @@ def tether(problem: Problem, plan: Plan) -> Tethered:
     rows: list[dict[str, Any]] = []
     flat: tuple[list[str], ...] = ([], [], [])
     for seed in range(plan.tethered):
-        rows += _tethered_run(problem, plan.window, seed, flat)
+        rows += _tethered_run(problem, plan, seed, flat)
 
     def column(name: str) -> NDArray[Any]:
         return np.array([row[name] for row in rows])
@@ -143,10 +153,11 @@ def tether(problem: Problem, plan: Plan) -> Tethered:
 
 
 def _tethered_run(
-    problem: Problem, window: int, seed: int, flat: tuple[list[str], ...]
+    problem: Problem, plan: Plan, seed: int, flat: tuple[list[str], ...]
 ) -> list[dict[str, Any]]:
     rate, loss = problem.rate(PULL), Tether(problem)
-    steps = 20 + 3 * (window + REST)
+    # The first window opens when both of its sets of batches have been seen.
+    steps = 2 * plan.curvature + 3 * plan.window + 2 * REST + 1
     places: list[Tensor] = []
     flagged: list[Tensor] = []
 
@@ -164,32 +175,33 @@ def _tethered_run(
     windows = train(
         problem,
         rate,
-        batches(problem, draw(problem, steps, 1, BATCH, 500 + seed)[:, 0]),
+        batches(problem, draw(problem, steps, 1, plan.batch, 500 + seed)[:, 0]),
         steps=steps,
         loss=loss.loss,
         after=watch,
         top=5,
         flat=6,
-        window=window,
-        every_n_steps=window + REST,
-        curvature_batches=6,
+        window=plan.window,
+        every_n_steps=plan.window + REST,
+        curvature_batches=plan.curvature,
     )
     for found, probed in zip(flat, windows, strict=False):
         found += [mode.verdict.value for mode in probed.result.modes if mode.kind is ModeKind.FLAT]
     path = torch.stack(places)
     return [
-        _row(problem, rate, vector.double(), index, seed, path, windows) for index, vector in enumerate(flagged)
+        _row(problem, plan, vector.double(), index, seed, path, windows)
+        for index, vector in enumerate(flagged)
     ]
 
 
 def _row(
-    problem: Problem, rate: float, vector: Tensor, index: int, seed: int, path: Tensor, windows: Sequence[Any]
+    problem: Problem, plan: Plan, vector: Tensor, index: int, seed: int, path: Tensor, windows: Sequence[Any]
 ) -> dict[str, Any]:
     """One flagged direction through the three windows."""
-    x = (path @ vector).numpy()[:, None, None]
+    rate, x = problem.rate(PULL), (path @ vector).numpy()[:, None, None]
     g = -np.diff(x, axis=0) / rate  # plain SGD: what it moved by is what it used
     mixing = problem.vectors.T @ vector
-    noise = float((problem.deviations @ mixing).square().mean()) / BATCH
+    noise = float((problem.deviations @ mixing).square().mean()) / plan.batch
     tied = index % 2 == 0 and index // 2 < len(TETHERS)
     verdicts, spread, foretold = [], [], []
     for phase, window in enumerate(windows[: len(PHASES)]):
@@ -227,10 +239,12 @@ class Kicked:
     Attributes:
         pulls: eta lambda of each mode, (modes,).
         distance: along the kicked mode over the kick, shape (steps + 1, modes, seeds).
+        there: v.Hv where the runs are, over that at the minimum: mean over some of the steps, (modes, seeds).
     """
 
     pulls: Array
     distance: Array
+    there: Array
     rates: list[Estimate] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -246,6 +260,16 @@ class Kicked:
 
         return over_seeds(rate, distance)
 
+    def corrected(self, mode: int) -> Estimate:
+        """The decay over eta times the curvature where the runs are."""
+
+        def rate(paths: Array, there: Array) -> float:
+            before, after = paths[:, :-1], paths[:, 1:]
+            decay = ((before - after) * before).sum() / (before**2).sum()
+            return float(decay / (self.pulls[mode] * there.mean()))
+
+        return over_seeds(rate, self.distance[:, mode].T, self.there[mode])
+
 
 def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps: int, seeds: int) -> Kicked:
     """Runs with common minibatches, in float64: one by itself, and one kicked along each mode."""
@@ -253,14 +277,22 @@ def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps:
     drawn = draw(problem, steps, seeds, batch, 900)
     kicks = torch.cat([torch.zeros(1, problem.size), KICK * vectors.T]).double()
     moved = kicks[:, None].repeat(1, seeds, 1)
-    runs = vmap(vmap(grad(lambda there, rows: problem.loss(problem.weights + there, rows))), in_dims=(0, None))
+    runs = vmap(
+        vmap(grad(lambda there, rows: problem.loss(problem.weights + there, rows))), in_dims=(0, None)
+    )
     distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
-    for rows in drawn:
+    curved = vmap(vmap(problem.product, in_dims=(1, None)), in_dims=(None, 0), chunk_size=4)
+    there = []
+    for t, rows in enumerate(drawn):
+        # Distances count by their squares: stiff modes' by their first few steps.
+        if t in (1, 4, 12):
+            products = curved(vectors, problem.weights + moved[0])
+            there.append((products * vectors.T).sum(2).T / problem.eigenvalues[list(modes), None])
         moved = moved - rate * runs(moved, rows)
         apart = moved[1:] - moved[0]
         distance.append(torch.einsum("msp,pm->ms", apart, vectors) / KICK)
     pulls = (problem.eigenvalues[list(modes)] * rate).numpy()
-    return Kicked(pulls, torch.stack(distance).numpy())
+    return Kicked(pulls, torch.stack(distance).numpy(), torch.stack(there).mean(0).numpy())
 
 
 def spaced_modes(problem: Problem, count: int, smallest: float) -> list[int]:
@@ -282,7 +314,7 @@ class Result:
         problem: its name.
         tethered: the tether's.
         kicked: kicks along modes from stiff to flat.
-        alternating: a kick along the stiffest mode at eta lambda = 1.3.
+        alternating: a kick along the stiffest mode at eta lambda = ``ALTERNATING``.
     """
 
     problem: str
@@ -297,8 +329,8 @@ def measure(problem: Problem, plan: Plan) -> Result:
     return Result(
         problem.name,
         tether(problem, plan),
-        kick(problem, PULL, BATCH, modes, plan.steps, plan.seeds),
-        kick(problem, 1.3, 4 * BATCH, [0], 12, plan.seeds),
+        kick(problem, PULL, plan.batch, modes, plan.steps, plan.seeds),
+        kick(problem, ALTERNATING, 4 * plan.batch, [0], 12, plan.seeds),
     )
 
 
@@ -315,7 +347,10 @@ def tables(result: Result) -> str:
                 percent(tethered.share(phase, verdict, tied))
                 for verdict in (Verdict.CONFINED, Verdict.DIFFUSIVE, Verdict.UNDETERMINED)
             ]
-            row += [shown(tethered.displacement(phase, tied)), f"{tethered.foretold[chosen, phase].mean():.2f}"]
+            row += [
+                shown(tethered.displacement(phase, tied)),
+                f"{tethered.foretold[chosen, phase].mean():.2f}",
+            ]
             rows.append(row)
     seen = tethered.seen[tethered.tied]
     flat = ", ".join(
@@ -324,20 +359,34 @@ def tables(result: Result) -> str:
     )
     head = ["directions", "window", "confined", "diffusive", "undetermined", "MSD over free", "foretold"]
     decays = [
-        [f"{pull:.3g}", shown(rate, ".3g"), shown(over(rate, pull), ".3f")]
+        [
+            f"{pull:.3g}",
+            shown(rate, ".3g"),
+            shown(over(rate, pull), ".3f"),
+            f"{kicked.there[mode].mean():.3f}",
+            shown(kicked.corrected(mode), ".3f"),
+        ]
         for kicked in (result.kicked, result.alternating)
-        for pull, rate in zip(kicked.pulls.tolist(), kicked.rates, strict=True)
+        for mode, (pull, rate) in enumerate(zip(kicked.pulls.tolist(), kicked.rates, strict=True))
     ]
+    name = result.problem.capitalize()
     return (
-        f"**{result.problem.capitalize()}, tether ({len(set(tethered.seed))} runs)**\n\n{table(head, rows)}\n\n"
-        f"LoopProbe's own second window lists {sum(seen != '')} of the {len(seen)} tethered directions among its "
-        f"stiff modes, and calls {sum(seen == Verdict.CONFINED.value)} of those confined. Of its near-flat "
+        f"**{name}, tether ({len(set(tethered.seed))} runs)**\n\n{table(head, rows)}\n\n"
+        f"LoopProbe's own second window lists {sum(seen != '')} of the {len(seen)} tethered directions among "
+        f"its stiff modes, and calls {sum(seen == Verdict.CONFINED.value)} of those confined. Of its near-flat "
         f"directions, drawn anew in each window, are diffusive: {flat}.\n\n"
-        f"**{result.problem.capitalize()}, kick**\n\n"
-        f"{table(['eta lambda', 'decay a step, measured', 'over eta lambda'], decays)}"
+        f"**{name}, kick**\n\n"
+        f"{table(KICK_HEAD, decays)}"
     )
 
 
+KICK_HEAD = (
+    "eta lambda",
+    "decay a step, measured",
+    "over eta lambda",
+    "curvature where the runs are, over lambda",
+    "decay over that",
+)
 _FREE = (Verdict.DIFFUSIVE.value, Verdict.SAMPLING_CONFINED.value)
 
 
@@ -370,10 +419,11 @@ def figure(results: Sequence[Result]) -> Any:
                 col=1,
             )
         for kicked in (result.kicked, result.alternating):
+            points = [over(*pair) for pair in zip(kicked.rates, kicked.pulls, strict=True)]
             panels.add_scatter(
                 x=kicked.pulls,
-                y=[each.value for each in kicked.rates],
-                error_y=bars(kicked.rates),
+                y=[each.value for each in points],
+                error_y=bars(points),
                 name=f"{result.problem}, kick",
                 mode="markers",
                 marker={"color": GREEN, "symbol": symbol, "size": 10},
@@ -391,16 +441,13 @@ def figure(results: Sequence[Result]) -> Any:
         row=1,
         col=1,
     )
-    line = [5e-4, 2]
-    panels.add_scatter(
-        x=line, y=line, name="η λ", mode="lines", line={"color": GREY, "width": 2}, row=1, col=2
-    )
+    panels.add_hline(y=1, line={"color": GREY, "width": 2}, row=1, col=2)
     panels.update_xaxes(tickvals=[0, 1, 2], ticktext=list(PHASES), title="window", row=1, col=1)
     panels.update_yaxes(
         title=f"mean squared displacement over {LAG} steps / free", type="log", dtick=1, row=1, col=1
     )
     panels.update_xaxes(title="η λ of the mode at the minimum", type="log", dtick=1, row=1, col=2)
-    panels.update_yaxes(title="1 − a, measured", type="log", dtick=1, row=1, col=2)
+    panels.update_yaxes(title="measured decay over η λ", range=[0.75, 1.25], row=1, col=2)
     panels.update_layout(**LAYOUT, legend={"orientation": "h", "y": -0.2, "x": 0})
     return panels
 

@@ -5,8 +5,8 @@
 - With and without replacement: a loader that goes through the data in epochs holds flat directions.
 - eta, eta / 2, eta: D comes back.
 - (eta, B) to (eta / 2, B / 4): D per step is ``eta^2 S^2 / (2 B)``, unchanged. Per unit of time eta t it is
-  ``eta S^2 / (2 B)`` and doubles, as does the variance of a stiff mode, ``eta S^2 / (2 B lambda)``. These stay
-  under (eta / 2, B / 2), where D per step halves. Relaxation times a step, eta lambda, halve in both.
+  ``eta S^2 / (2 B)`` and doubles, as does the variance of a stiff mode, ``eta S^2 / (2 B lambda)``. Those
+  two stay under (eta / 2, B / 2), where D per step halves. Relaxation times a step halve in both.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import BLUE, GREEN, GREY, LAYOUT, ORANGE, bars
+from drawing import BLUE, GREY, LAYOUT, ORANGE, bars
 from estimates import Array, Estimate
 from numpy.typing import NDArray
 from paths import descend, draw
 from probing import batches, train
 from problems import Problem
-from shares import over_seeds, percent, share, shown, table
+from shares import over_seeds, percent, shown, table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sgd_probe import ModeKind, Verdict
 from sgd_probe.dynamics.diffusion import headline_lag
 
-#: eta lambda_1 and B where verdicts are asked for.
-PULL, BATCH = 0.5, 64
+#: eta lambda_1 where verdicts are asked for.
+PULL = 0.5
 #: Smallest kappa of a confined mode; largest of a near-flat one, over a window at the highest rate.
 CONFINED, FLAT = 20.0, 0.5
 #: Stiff modes of which the variance is compared.
 STIFF = 6
-CHANGES = ("η, B", "η/2, B/4", "η/2, B/2")
+CHANGES = ("η/2, B/4", "η/2, B/2")
 
 
 @dataclass(frozen=True)
@@ -47,32 +47,36 @@ class Plan:
 
     Attributes:
         window: steps of the windows that are judged.
+        batch: B there.
+        curvature: batches in each of LoopProbe's two sets.
         seeds: of stacked runs.
         flips: of each path.
         frozen: runs on a single batch.
         loaders: runs with either way of drawing.
         pull: eta lambda_1 where D is compared.
-        batch: B there.
+        large: B there.
         steps: of each of three windows there.
     """
 
     window: int
+    batch: int
+    curvature: int
     seeds: int
     flips: int
     frozen: int
     loaders: int
     pull: float
-    batch: int
+    large: int
     steps: int
 
 
 FULL = {
-    "vision": Plan(150, 16, 10, 6, 10, 0.3, 256, 96),
-    "language": Plan(150, 16, 10, 4, 8, 0.3, 128, 96),
+    "vision": Plan(150, 64, 8, 16, 10, 6, 10, 0.3, 256, 96),
+    "language": Plan(150, 64, 5, 16, 10, 4, 8, 0.3, 128, 96),
 }
 QUICK = {
-    "vision": Plan(150, 3, 4, 1, 1, 0.3, 128, 48),
-    "language": Plan(150, 3, 4, 1, 1, 0.3, 64, 48),
+    "vision": Plan(150, 64, 3, 3, 4, 1, 1, 0.3, 128, 48),
+    "language": Plan(150, 16, 4, 3, 4, 1, 1, 0.3, 32, 48),
 }
 
 
@@ -120,7 +124,7 @@ class Change:
         per_step: D per step of near-flat modes.
         per_time: D per unit of eta t.
         variance: of stiff modes.
-        expected: of these three, to leading order in eta.
+        expected: of these three by the closed forms.
     """
 
     name: str
@@ -177,14 +181,18 @@ def flipped(problem: Problem, plan: Plan) -> Flipped:
     """Judge the confined modes' paths as they are and with random signs."""
     rate = problem.rate(PULL)
     confined = problem.moving & (problem.eigenvalues * rate * plan.window >= CONFINED)
-    drawn = draw(problem, plan.window, plan.seeds, BATCH, 31)
+    drawn = draw(problem, plan.window, plan.seeds, plan.batch, 31)
     paths = descend(problem, rate, drawn, problem.vectors[:, confined])
     rng = np.random.default_rng(31)
     intact = paths.verdicts()
     mixed = np.concatenate([paths.flipped(rng).verdicts() for _ in range(plan.flips)], axis=1)
 
     def by_verdict(found: NDArray[np.str_]) -> dict[Verdict, Estimate]:
-        return {each: Estimate.of((found == each.value).mean(1)) for each in Verdict if (found == each.value).any()}
+        return {
+            each: Estimate.of((found == each.value).mean(1))
+            for each in Verdict
+            if (found == each.value).any()
+        }
 
     return Flipped(int(confined.sum()), by_verdict(intact), by_verdict(mixed))
 
@@ -193,7 +201,7 @@ def frozen(problem: Problem, plan: Plan) -> dict[str, Counter[str]]:
     """LoopProbe on a training that repeats one batch."""
     found: dict[str, Counter[str]] = {kind.value: Counter() for kind in (ModeKind.TOP, ModeKind.FLAT)}
     for seed in range(plan.frozen):
-        stream = batches(problem, draw(problem, 1, 1, BATCH, 50 + seed)[:, 0])
+        stream = batches(problem, draw(problem, 1, 1, plan.batch, 50 + seed)[:, 0])
         (window,) = train(
             problem,
             problem.rate(PULL),
@@ -203,7 +211,7 @@ def frozen(problem: Problem, plan: Plan) -> dict[str, Counter[str]]:
             flat=4,
             window=plan.window,
             every_n_steps=10 * plan.window,
-            curvature_batches=4,
+            curvature_batches=plan.curvature,
         )
         for mode in window.result.modes:
             found[mode.kind.value][mode.verdict.value] += 1
@@ -214,12 +222,12 @@ def loader(problem: Problem, plan: Plan, *, replacement: bool) -> Loader:
     """LoopProbe on an ordinary loader."""
     rate, kept = problem.rate(PULL), []
     data = TensorDataset(problem.inputs.float(), problem.targets)
-    size = len(data) // BATCH  # steps an epoch
+    size = len(data) // plan.batch  # steps an epoch
     stiff, flat = [], []
     for seed in range(plan.loaders):
         generator = torch.Generator().manual_seed(70 + seed)
         sampler = RandomSampler(data, replacement=replacement, generator=generator)
-        stream = DataLoader(data, batch_size=BATCH, sampler=sampler, drop_last=True)
+        stream = DataLoader(data, batch_size=plan.batch, sampler=sampler, drop_last=True)
         places: list[Tensor] = []
 
         def watch(model: nn.Module, *_: Any, places: list[Tensor] = places) -> None:
@@ -237,13 +245,13 @@ def loader(problem: Problem, plan: Plan, *, replacement: bool) -> Loader:
             flat=6,
             window=plan.window,
             every_n_steps=10 * plan.window,
-            curvature_batches=8,
+            curvature_batches=plan.curvature,
         )
         modes = window.result.modes
         stiff.append([mode.verdict.value for mode in modes if mode.kind is ModeKind.TOP])
         flat.append([mode.verdict.value for mode in modes if mode.kind is ModeKind.FLAT])
         vectors = window.vectors[:, [mode.kind is ModeKind.FLAT for mode in modes]]
-        noise = (problem.deviations @ (problem.vectors.T @ vectors)).square().mean(0) / BATCH
+        noise = (problem.deviations @ (problem.vectors.T @ vectors)).square().mean(0) / plan.batch
         moved = torch.stack(places[::size]).diff(dim=0) @ vectors  # the loop begins with an epoch
         kept.append((moved.square().mean(0) / (rate**2 * noise * size)).numpy())
     return Loader(
@@ -263,8 +271,8 @@ def near_flat(problem: Problem, plan: Plan) -> Tensor:
 def hysteresis(problem: Problem, plan: Plan) -> tuple[tuple[Estimate, ...], Estimate]:
     """D over free diffusion in three windows of one run: eta, eta / 2, eta."""
     rate, flat = problem.rate(plan.pull), near_flat(problem, plan)
-    noise = problem.sample_variance[flat].numpy() / plan.batch
-    drawn = draw(problem, 3 * plan.steps, plan.seeds, plan.batch, 61)
+    noise = problem.sample_variance[flat].numpy() / plan.large
+    drawn = draw(problem, 3 * plan.steps, plan.seeds, plan.large, 61)
     rates = np.repeat([rate, rate / 2, rate], plan.steps)
     paths = descend(problem, rates, drawn, problem.vectors[:, flat])
     found = []
@@ -289,7 +297,7 @@ def changes(problem: Problem, plan: Plan) -> tuple[Change, ...]:
     chosen = flat.clone()
     chosen[:STIFF] = True
     steps, base, found = 2 * plan.steps, problem.rate(plan.pull), []
-    runs = ((base, plan.batch), (base / 2, plan.batch // 4), (base / 2, plan.batch // 2))
+    runs = ((base, plan.large), (base / 2, plan.large // 4), (base / 2, plan.large // 2))
     for index, (rate, batch) in enumerate(runs):
         drawn = draw(problem, steps, plan.seeds, batch, 80 + index)
         paths = descend(problem, rate, drawn, problem.vectors[:, chosen])
@@ -302,17 +310,22 @@ def changes(problem: Problem, plan: Plan) -> tuple[Change, ...]:
     def ratio(now: Array, first: Array) -> float:
         return float(now.mean() / first.mean())
 
-    first_rate, first_d, first_v = found[0]
+    def stationary(rate: float, batch: int) -> float:
+        pulls = rate * problem.eigenvalues[:STIFF].numpy()
+        return float((rate / (batch * (2 - pulls))).mean())
+
+    (first_rate, first_batch), (_, first_d, first_v) = runs[0], found[0]
     out = []
-    for index, name in ((1, CHANGES[1]), (2, CHANGES[2])):
-        rate, diffusion, variance = found[index]
+    for name, (_, batch), (rate, diffusion, variance) in zip(CHANGES, runs[1:], found[1:], strict=True):
+        kicks = rate**2 / batch / (first_rate**2 / first_batch)
+        stiff = stationary(rate, batch) / stationary(first_rate, first_batch)
         out.append(
             Change(
                 name,
                 over_seeds(ratio, diffusion, first_d),
                 over_seeds(ratio, diffusion / rate, first_d / first_rate),
                 over_seeds(ratio, variance, first_v),
-                (1.0, 2.0, 2.0) if index == 1 else (0.5, 1.0, 1.0),
+                (kicks, kicks * first_rate / rate, stiff),
             )
         )
     return tuple(out)
@@ -324,10 +337,15 @@ def changes(problem: Problem, plan: Plan) -> tuple[Change, ...]:
 def tables(result: Result) -> str:
     """All nulls of one problem, in Markdown."""
     name = result.problem.capitalize()
-    shown_verdicts = [each for each in Verdict if each in result.flipped.intact or each in result.flipped.flipped]
+    shown_verdicts = [
+        each for each in Verdict if each in result.flipped.intact or each in result.flipped.flipped
+    ]
     flips = [
         [what, *(percent(found[each]) if each in found else "0" for each in shown_verdicts)]
-        for what, found in (("as they moved", result.flipped.intact), ("signs flipped", result.flipped.flipped))
+        for what, found in (
+            ("as they moved", result.flipped.intact),
+            ("signs flipped", result.flipped.flipped),
+        )
     ]
     kinds = [[kind, _counts(counts)] for kind, counts in result.frozen.items()]
     loaders = [
@@ -347,7 +365,7 @@ def tables(result: Result) -> str:
         [
             each.name,
             *(
-                f"{shown(found, '.3f')} ({expected:g})"
+                f"{shown(found, '.3f')} ({expected:.3g})"
                 for found, expected in zip(
                     (each.per_step, each.per_time, each.variance), each.expected, strict=True
                 )
@@ -363,8 +381,8 @@ def tables(result: Result) -> str:
             table(["directions", "verdicts of LoopProbe"], kinds),
             f"**{name}, how the loader draws**",
             table(["loader", "stiff", "near-flat", "near-flat MSD over an epoch / free"], loaders),
-            f"**{name}, η to η/2 and back: D over η²σ²/2, {result.near_flat} near-flat modes, lag {result.lag}**",
-            table(["learning rate", "D over theory"], windows),
+            f"**{name}, η to η/2 and back: {result.near_flat} near-flat modes, lag {result.lag}**",
+            table(["learning rate", "D over η²σ²/2"], windows),
             f"**{name}, other learning rates and batch sizes, over (η, B); expected in brackets**",
             table(["", "D per step", "D per unit of ηt", "variance of stiff modes"], others),
         )
@@ -379,49 +397,65 @@ def figure(results: Sequence[Result]) -> Any:
     """The flipped signs, the epochs, the learning rate that comes back, and the two scalings."""
     from plotly.subplots import make_subplots
 
-    titles = ["Increments of confined modes", "Near-flat: MSD over an epoch", "η, η/2, η", "Other η and B"]
-    panels = make_subplots(1, 4, subplot_titles=titles, horizontal_spacing=0.07)
-    for index, result in enumerate(results):
-        symbol, side = ("circle", "square-open")[index % 2], 0.12 * (2 * index - 1)
-
-        def add(
-            column: int, points: Sequence[Estimate], colour: str, name: str, *, symbol: str = symbol, side: float = side
-        ) -> None:
+    titles = [
+        "Confined modes",
+        "Near-flat: an epoch",
+        "D at η, η/2, η",
+        *(f"{each} over η, B" for each in CHANGES),
+    ]
+    panels = make_subplots(1, 5, subplot_titles=titles, horizontal_spacing=0.06)
+    none = Estimate(0.0, 0.0, 0.0)
+    for index, (result, colour) in enumerate(zip(results, (BLUE, ORANGE), strict=False)):
+        intact, flipped = result.flipped.intact, result.flipped.flipped
+        columns: list[list[Estimate]] = [
+            [
+                intact.get(Verdict.CONFINED, none),
+                flipped.get(Verdict.CONFINED, none),
+                flipped.get(Verdict.DIFFUSIVE, none),
+            ],
+            [each.epoch_spread for each in result.loaders],
+            list(result.windows),
+            *([each.per_step, each.per_time, each.variance] for each in result.changes),
+        ]
+        for column, points in enumerate(columns, start=1):
             panels.add_scatter(
-                x=[place + side for place in range(len(points))],
+                x=[place + 0.12 * (2 * index - 1) for place in range(len(points))],
                 y=[each.value for each in points],
                 error_y=bars(points),
-                name=name,
+                name=result.problem,
                 mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 10},
-                legendgroup=name,
-                showlegend=name not in [trace.name for trace in panels.data],
+                marker={"color": colour, "symbol": ("circle", "square-open")[index % 2], "size": 10},
+                showlegend=column == 1,
                 row=1,
                 col=column,
             )
-
-        none = Estimate(0.0, 0.0, 0.0)
-        for verdict, colour in ((Verdict.CONFINED, BLUE), (Verdict.DIFFUSIVE, ORANGE)):
-            pair = [found.get(verdict, none) for found in (result.flipped.intact, result.flipped.flipped)]
-            add(1, pair, colour, f"{result.problem}, called {verdict.value}")
-        add(2, [each.epoch_spread for each in result.loaders], GREY, f"{result.problem}, measured")
-        add(3, result.windows, GREY, f"{result.problem}, measured")
-        add(4, [each.per_step for each in result.changes], GREEN, f"{result.problem}, D per step")
-        add(4, [each.per_time for each in result.changes], ORANGE, f"{result.problem}, D per unit of ηt")
-        add(4, [each.variance for each in result.changes], BLUE, f"{result.problem}, stiff variance")
-    for column, ticks in (
-        (1, ["as they moved", "flipped"]),
-        (2, ["with", "without replacement"]),
-        (3, ["η", "η/2", "η again"]),
-        (4, list(CHANGES[1:])),
-    ):
+    expected = [None, None, [1.0] * 3, *(each.expected for each in results[0].changes)]
+    labels = [
+        ["confined<br>as moved", "confined<br>flipped", "diffusive<br>flipped"],
+        ["with", "without<br>replacement"],
+        ["η", "η/2", "η again"],
+        *([["D per<br>step", "D per<br>η t", "stiff<br>V"]] * 2),
+    ]
+    for column, (values, ticks) in enumerate(zip(expected, labels, strict=True), start=1):
+        places = list(range(len(ticks)))
+        if values is not None:
+            panels.add_scatter(
+                x=places,
+                y=values,
+                name="expected",
+                mode="markers",
+                marker={"symbol": "line-ew", "size": 46, "line": {"color": GREY, "width": 2}},
+                showlegend=column == 3,
+                row=1,
+                col=column,
+            )
         panels.update_xaxes(
-            tickvals=list(range(len(ticks))), ticktext=ticks, range=[-0.5, len(ticks) - 0.5], row=1, col=column
+            tickvals=places, ticktext=ticks, range=[-0.5, len(ticks) - 0.5], tickangle=0, row=1, col=column
         )
-    panels.add_hline(y=1, line={"color": GREY, "width": 1}, row=1, col=3)
+        panels.update_yaxes(rangemode="tozero", row=1, col=column)
     panels.update_yaxes(title="share of verdicts", range=[-0.03, 1.03], tickformat=".0%", row=1, col=1)
-    panels.update_yaxes(title="over independent draws, free", rangemode="tozero", row=1, col=2)
-    panels.update_yaxes(title="D per step over η²σ²/2", range=[0.5, 1.5], row=1, col=3)
-    panels.update_yaxes(title="over (η, B)", rangemode="tozero", row=1, col=4)
-    panels.update_layout(**LAYOUT, legend={"orientation": "h", "y": -0.18, "x": 0})
+    panels.update_yaxes(title="mean squared displacement / free", row=1, col=2)
+    panels.update_yaxes(title="D over η²σ²/2", range=[0, 1.5], row=1, col=3)
+    panels.update_yaxes(title="ratio", row=1, col=4)
+    panels.update_layout(**LAYOUT, legend={"orientation": "h", "y": -0.16, "x": 0})
     return panels

@@ -116,7 +116,9 @@ def effective_curvature(problem: Problem, directions: Tensor) -> Array:
     """
     mixing = problem.vectors.T @ directions
     noise = problem.deviations.T @ (problem.deviations @ mixing) / problem.samples
-    return np.asarray(((noise * problem.eigenvalues[:, None] * mixing).sum(0) / (noise * mixing).sum(0)).numpy())
+    return np.asarray(
+        ((noise * problem.eigenvalues[:, None] * mixing).sum(0) / (noise * mixing).sum(0)).numpy()
+    )
 
 
 def draw(problem: Problem, steps: int, seeds: int, batch: int, seed: int) -> Tensor:

@@ -9,9 +9,7 @@ import numpy as np
 from estimates import TIMES, Array, Estimate
 
 
-def over_seeds(
-    statistic: Callable[..., float], *seeds: Array, seed: int = 0
-) -> Estimate:
+def over_seeds(statistic: Callable[..., float], *seeds: Array, seed: int = 0) -> Estimate:
     """A statistic of all seeds, with its interval by bootstrap over them.
 
     Args:

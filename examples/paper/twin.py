@@ -1,7 +1,7 @@
 """Are the verdicts true? Against a linearised twin whose modes are known, under the same minibatches.
 
-Of each direction the truth is kappa = eta lambda T: how many relaxation times of the frozen Hessian the window
-holds. Below 1 the twin is free, from 20 on it is confined; in between no single window can tell. Two sets of
+Of each direction the truth is kappa = eta lambda T: how many relaxation times of the frozen Hessian the
+window holds. Below 1 the twin is free, from 20 on it is confined; in between no single window can tell. Two sets of
 directions are judged: those that the package itself found on the live network (LoopProbe), and all exact
 eigenvectors of the Hessian, by the package's sums and rule.
 """
@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from drawing import BLUE, GREY, LAYOUT, ORANGE, bars
 from estimates import Array, Estimate
 from numpy.typing import NDArray
@@ -42,17 +41,30 @@ COLUMNS: tuple[tuple[str, tuple[Verdict, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: eta lambda_1, B, T, runs that the package watches and stacked runs of all modes."""
+    """What is run.
+
+    Attributes:
+        pull: eta lambda_1.
+        batch: B.
+        window: T.
+        curvature: batches in each of LoopProbe's two sets.
+        probed: runs that LoopProbe watches.
+        seeds: of stacked runs, in which all modes are judged.
+    """
 
     pull: float = 0.5
     batch: int = 64
     window: int = 120
+    curvature: int = 8
     probed: int = 12
     seeds: int = 16
 
 
 FULL = {"vision": Plan(), "language": Plan()}
-QUICK = {"vision": Plan(probed=2, seeds=2), "language": Plan(probed=1, seeds=2)}
+QUICK = {
+    "vision": Plan(curvature=3, probed=1, seeds=2),
+    "language": Plan(batch=16, curvature=4, probed=1, seeds=2),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +90,9 @@ class Judged:
         """Directions of a class of kappa."""
         return np.asarray((self.kappa >= low) & (self.kappa < high))
 
-    def share(self, chosen: NDArray[np.bool_], verdicts: tuple[Verdict, ...], *, of_twin: bool = False) -> Estimate:
+    def share(
+        self, chosen: NDArray[np.bool_], verdicts: tuple[Verdict, ...], *, of_twin: bool = False
+    ) -> Estimate:
         """Of verdicts among some directions."""
         found = np.isin(self.twin if of_twin else self.network, [each.value for each in verdicts])
         return share((found & chosen).sum(1), chosen.sum(1))
@@ -130,7 +144,7 @@ def watched(problem: Problem, plan: Plan) -> Judged:
             flat=6,
             window=plan.window,
             every_n_steps=10 * plan.window,
-            curvature_batches=8,
+            curvature_batches=plan.curvature,
         )
         first, last = window.result.opened_at_step, window.result.closed_at_step
         network, linear = (
