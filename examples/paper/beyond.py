@@ -1,8 +1,8 @@
 """What a user meets beyond SGD with replacement: shuffled epochs, a partial last batch, momentum, AdamW.
 
 Each setting runs from the minimum; variances over seeds are held against the exact recursion of its own
-optimizer and loader (``sgd_probe.theory.SGDMode``), and against the formula that ignores what is special about
-it. Each mode is taken by itself: heat from other modes is left out.
+optimizer and loader (``sgd_probe.theory.SGDMode``), and against the formula that ignores what is special
+about it. Each mode is taken by itself: heat from other modes is left out.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Optimizer:
         rate: eta.
         stiff: measured variance over that of the optimizer's own recursion.
         stiff_over_langevin: over that of the Langevin equation with its effective learning rate.
-        stiff_over_plain: over plain SGD's formula with the nominal rate; for AdamW in its own modes.
+        stiff_over_plain: over plain SGD's formula with the nominal rate; not for AdamW.
         flat: near-flat modes over the optimizer's own recursion.
         flat_modes: how many there are.
     """
@@ -110,7 +110,7 @@ class Optimizer:
     rate: float
     stiff: Estimate
     stiff_over_langevin: Estimate
-    stiff_over_plain: Estimate
+    stiff_over_plain: Estimate | None
     flat: Estimate
     flat_modes: int
 
@@ -140,7 +140,11 @@ class Modes:
 
     def predict(self, dynamics: SGDDynamics, sampling: MinibatchSampling, steps: int, buffer: str) -> Array:
         """Variance after 1, 2, ... steps, (steps, k)."""
-        many = 1.0 if sampling.replacement or sampling.samples is None else sampling.samples / (sampling.samples - 1)
+        many = (
+            1.0
+            if sampling.replacement or sampling.samples is None
+            else sampling.samples / (sampling.samples - 1)
+        )
         rows = []
         for value, spread in zip(self.eigenvalues, self.sample_variance, strict=True):
             mode = SGDMode(float(value), sampling.noise_variance(float(spread) * many), dynamics, sampling)
@@ -212,9 +216,7 @@ def optimizers(problem: Problem, plan: Plan) -> list[Optimizer]:
 
 
 def exact_modes(problem: Problem) -> Modes:
-    return Modes(
-        problem.vectors.float(), problem.eigenvalues.numpy(), problem.sample_variance.numpy()
-    )
+    return Modes(problem.vectors.float(), problem.eigenvalues.numpy(), problem.sample_variance.numpy())
 
 
 def adam_modes(problem: Problem, batch: int) -> Modes:
@@ -270,7 +272,7 @@ def _compare(
         rate,
         Estimate.of((settled[half] / law[half, None]).mean((0, 2))),
         Estimate.of((settled[half] / langevin).mean((0, 2))),
-        Estimate.of((settled[half] / plain[half, None]).mean((0, 2))),
+        Estimate.of((settled[half] / plain[half, None]).mean((0, 2))) if name != "AdamW" else None,
         Estimate.of((free[-1] / last).mean(1)),
         many,
     )

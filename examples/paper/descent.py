@@ -79,7 +79,9 @@ class minibatch_gradients:
         return found
 
 
-def draws(samples: int, sampling: MinibatchSampling, seeds: int, generator: torch.Generator) -> Iterator[Tensor]:
+def draws(
+    samples: int, sampling: MinibatchSampling, seeds: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Indices of one minibatch after another, a row for each seed, (seeds, at most B)."""
     size = sampling.batch_size
     while sampling.replacement:

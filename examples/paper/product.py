@@ -1,8 +1,8 @@
 """The product itself: ``SGDProbe`` on an ordinary training, which knows neither the minimum nor the Hessian.
 
-A network is trained from scratch by Lightning, with momentum and then at one of four constant learning rates of
-plain SGD, minibatches drawn with replacement. The callback finds the directions, judges them and measures D; no
-more than its results is used here.
+A network is trained from scratch by Lightning, with Adam and then at one of four constant learning rates of
+plain SGD, minibatches drawn with replacement. The callback finds the directions, judges them and measures D;
+no more than its results is used here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import logging
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sgd_probe import ModeKind, SGDProbe, Verdict, WindowResult
 
+#: Learning rate of the approach.
+ADAM = 3e-3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -33,7 +38,7 @@ class Plan:
     Attributes:
         pulls: eta lambda_1 of plain SGD, by the curvature at the minimum.
         batch: B.
-        approach: steps with momentum 0.9.
+        approach: steps of Adam.
         settle: steps of plain SGD before the window.
         window: T.
         seeds: trainings, each with every learning rate.
@@ -52,8 +57,8 @@ class Plan:
 
 
 FULL = {
-    "vision": Plan((0.1, 0.2, 0.4, 0.8), 64, 6_000, 300, 500, 4),
-    "language": Plan((0.1, 0.2, 0.4, 0.8), 32, 12_000, 300, 500, 4),
+    "vision": Plan((0.1, 0.2, 0.4, 0.8), 64, 6_000, 1_000, 500, 4),
+    "language": Plan((0.1, 0.2, 0.4, 0.8), 32, 8_000, 2_000, 500, 4),
 }
 QUICK = {
     "vision": Plan((0.2, 0.4), 64, 800, 100, 300, 1, 6, 4),
@@ -92,7 +97,6 @@ class Product:
         plan: of the trainings.
         modes: all directions of all windows.
         verdicts: how many of each, by kind.
-        overlap: of the top subspace between start and end of a window, the mean.
         slope: of log D against log eta, D the mean over near-flat directions; the interval resamples whole
             trainings and, within them, directions.
     """
@@ -107,11 +111,13 @@ def measure(problem: Problem, plan: Plan) -> Product:
     """Train, watch, and collect what the callback reports."""
     modes = []
     for seed in range(plan.seeds):
-        start = train(problem, untrained(problem, seed), problem.rate(0.1), 0.9, plan.approach, plan.batch, seed)[0]
+        adam = partial(torch.optim.Adam, lr=ADAM, weight_decay=problem.decay)
+        start = train(problem, untrained(problem, seed), adam, plan.approach, plan.batch, seed)[0]
         for index, pull in enumerate(plan.pulls):
             rate, draws = problem.rate(pull), 1_000 * (seed + 1) + index
-            settled = train(problem, copy.deepcopy(start), rate, 0.0, plan.settle, plan.batch, draws)[0]
-            results = train(problem, settled, rate, 0.0, plan.window + 1, plan.batch, draws + 500, plan)[1]
+            sgd = partial(torch.optim.SGD, lr=rate, weight_decay=problem.decay)
+            settled = train(problem, copy.deepcopy(start), sgd, plan.settle, plan.batch, draws)[0]
+            results = train(problem, settled, sgd, plan.window + 1, plan.batch, draws + 500, plan)[1]
             for mode in results[-1].modes:
                 modes.append(
                     Mode(
@@ -170,8 +176,7 @@ def untrained(problem: Problem, seed: int) -> nn.Module:
 def train(
     problem: Problem,
     network: nn.Module,
-    rate: float,
-    momentum: float,
+    optimizer: Callable[..., torch.optim.Optimizer],
     steps: int,
     batch: int,
     seed: int,
@@ -192,7 +197,7 @@ def train(
             return problem.criterion(self.network(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=rate, momentum=momentum, weight_decay=problem.decay)
+            return optimizer(self.parameters())
 
     torch.manual_seed(seed)
     data = TensorDataset(problem.inputs.float(), problem.targets)

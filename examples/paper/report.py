@@ -1,4 +1,4 @@
-"""What was measured as plain numbers: the results file, the claims that hold or fail, the tables of the page."""
+"""What was measured as plain numbers: the results file, what holds and what fails, the tables of the page."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
         add("(c) the same over Langevin: off by two", langevin, "above 1.5", langevin[1] > 1.5)
         ratios = np.array([group["over_theory"] for group in part["collapse"]])
         sharp = ratios[(ratios[:, 2] - ratios[:, 1]) / 2 <= 0.1]
-        within = float(((sharp[:, 0] >= GOOD[0]) & (sharp[:, 0] <= GOOD[1])).mean()) if len(sharp) else math.nan
+        within = (
+            float(((sharp[:, 0] >= GOOD[0]) & (sharp[:, 0] <= GOOD[1])).mean()) if len(sharp) else math.nan
+        )
         add(f"Figure B: groups within 10% of the curve ({len(sharp)} known to 10%)", plain(within),
             ">= 0.9", within >= 0.9)  # fmt: skip
         for loader in part["loaders"]:
@@ -163,14 +165,24 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
         for optimizer in part["optimizers"]:
             label = f"{optimizer['name']}, {optimizer['share']:.0%} of the limit"
             for kind in ("flat", "stiff"):
-                add(f"{label}: {kind} modes over theory", optimizer[kind], "0.9 to 1.1", _good(optimizer[kind]))
+                add(
+                    f"{label}: {kind} modes over theory",
+                    optimizer[kind],
+                    "0.9 to 1.1",
+                    _good(optimizer[kind]),
+                )
         product = part["product"]
         for kind, verdict in (("top", "confined"), ("flat", "diffusive")):
             counts = product["verdicts"][kind]
             share = counts.get(verdict, 0) / sum(counts.values())
             add(f"SGDProbe: {kind} directions called {verdict}", plain(share), ">= 0.8", share >= 0.8)
         slope = product["slope"]
-        add("SGDProbe: slope of log D against log eta", slope, "interval includes 1", slope[1] <= 1 <= slope[2])
+        add(
+            "SGDProbe: slope of log D against log eta",
+            slope,
+            "interval includes 1",
+            slope[1] <= 1 <= slope[2],
+        )
     return found
 
 
@@ -234,7 +246,9 @@ def _problem_table(results: Mapping[str, Any]) -> str:
         ("median_eigenvalue", "median of those with noise"),
     ]
     header = ["", *NAMES]
-    return _table(header, [[label, *(_show(results[n]["problem"][key], 4) for n in NAMES)] for key, label in rows])
+    return _table(
+        header, [[label, *(_show(results[n]["problem"][key], 4) for n in NAMES)] for key, label in rows]
+    )
 
 
 def _separation_table(results: Mapping[str, Any]) -> str:
@@ -284,14 +298,31 @@ def _variance_table(results: Mapping[str, Any]) -> str:
         for label, key in (("held out", "held_out"), ("exact", "exact")):
             rows += [_variance_row(name, label, f"{run['pull']:g}", run[key]) for run in part["runs"]]
             rows.append(_variance_row(name, label, "**0.8 to 1.2**", part["headline"][key], bold=True))
-    header = ["", "lambda", "eta lambda_1", "points", "V / discrete", "V / Langevin", "V / modified", "V / all modes"]
+    header = [
+        "",
+        "lambda",
+        "eta lambda_1",
+        "points",
+        "V / discrete",
+        "V / Langevin",
+        "V / modified",
+        "V / all modes",
+    ]
     return _table(header, rows)
 
 
-def _variance_row(name: str, label: str, pull: str, found: Mapping[str, Any], bold: bool = False) -> list[str]:
+def _variance_row(
+    name: str, label: str, pull: str, found: Mapping[str, Any], bold: bool = False
+) -> list[str]:
     keys = ("over_discrete", "over_langevin", "over_modified", "over_together")
     shown = [_show(found[key]) for key in keys]
-    return [name, label, pull, str(found["points"]), *(f"**{each}**" if bold and each else each for each in shown)]
+    return [
+        name,
+        label,
+        pull,
+        str(found["points"]),
+        *(f"**{each}**" if bold and each else each for each in shown),
+    ]
 
 
 def _loader_table(results: Mapping[str, Any]) -> str:
@@ -309,7 +340,16 @@ def _loader_table(results: Mapping[str, Any]) -> str:
         for name in NAMES
         for loader in results[name]["loaders"]
     ]
-    header = ["", "minibatches", "n", "flat / theory", "flat / independent", "formula", "stiff / theory", "stiff / independent"]
+    header = [
+        "",
+        "minibatches",
+        "n",
+        "flat / theory",
+        "flat / independent",
+        "formula",
+        "stiff / theory",
+        "stiff / independent",
+    ]
     return _table(header, rows)
 
 
@@ -328,7 +368,16 @@ def _optimizer_table(results: Mapping[str, Any]) -> str:
         for name in NAMES
         for each in results[name]["optimizers"]
     ]
-    header = ["", "optimizer", "of the limit", "stiff / theory", "stiff / Langevin", "stiff / plain SGD", "flat / theory", "flat modes"]
+    header = [
+        "",
+        "optimizer",
+        "of the limit",
+        "stiff / theory",
+        "stiff / Langevin",
+        "stiff / plain SGD",
+        "flat / theory",
+        "flat modes",
+    ]
     return _table(header, rows)
 
 
@@ -340,14 +389,22 @@ def _product_table(results: Mapping[str, Any]) -> str:
             counts = part["verdicts"][kind]
             kappas = sorted(mode["kappa"] for mode in part["modes"] if mode["kind"] == kind)
             span = f"{kappas[0]:.2g} to {kappas[-1]:.2g}, median {kappas[len(kappas) // 2]:.2g}"
-            listed = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda c: -c[1]))
+            listed = ", ".join(
+                f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda c: -c[1])
+            )
             rows.append([name, kind, span, listed, _show(part["slope"], 2) if kind == "flat" else ""])
     return _table(["", "directions", "kappa", "verdicts", "slope of log D against log eta"], rows)
 
 
 def _claim_table(results: Mapping[str, Any]) -> str:
     rows = [
-        [each["where"], each["what"], _show(each["found"]), each["asked"], "holds" if each["holds"] else "**fails**"]
+        [
+            each["where"],
+            each["what"],
+            _show(each["found"]),
+            each["asked"],
+            "holds" if each["holds"] else "**fails**",
+        ]
         for each in results["claims"]
     ]
     return _table(["", "statement", "found", "asked", ""], rows)

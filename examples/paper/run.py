@@ -1,7 +1,7 @@
 """The paper's three claims as experiments, on a network that sees and on one that reads.
 
-Everything starts from nothing: it trains the two networks to their minima, runs many seeds of SGD from there, and
-writes the results file, the pictures and the tables of docs/paper.md, which says what each experiment does.
+Everything starts from nothing: it trains the two networks to their minima, runs many seeds of SGD from there,
+and writes the results file, the pictures and the tables of docs/paper.md, which says what each experiment does.
 
     python examples/paper/run.py               # two processes, about 25 minutes on two cores
     python examples/paper/run.py --quick       # under a minute; writes nothing unless told where
@@ -38,7 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="few seeds and steps, kept minima")
     parser.add_argument("--redraw", action="store_true", help="measure nothing, take the results file")
-    parser.add_argument("--output", type=Path, help="folder of results and pictures (docs; with --quick none)")
+    parser.add_argument(
+        "--output", type=Path, help="folder of results and pictures (docs; with --quick none)"
+    )
     options = parser.parse_args()
     output = options.output or (None if options.quick else DOCS)
     if options.redraw and output:
@@ -47,7 +49,9 @@ def main() -> int:
     else:
         results = measure_all(options.quick)
     for claim in results["claims"]:
-        print(f"{'holds' if claim['holds'] else 'FAILS'}  {claim['where']:<9} {claim['what']}: {claim['found']}")
+        print(
+            f"{'holds' if claim['holds'] else 'FAILS'}  {claim['where']:<9} {claim['what']}: {claim['found']}"
+        )
     print(f"{results['seconds']:.0f} s")
     if output:
         output.mkdir(parents=True, exist_ok=True)
