@@ -1,7 +1,7 @@
 """The paper's three claims as experiments, on a network that sees and on one that reads.
 
 Everything starts from nothing: it trains the two networks to their minima, runs many seeds of SGD from there,
-and writes the results file, the pictures and the tables of docs/paper.md, which says what each experiment does.
+and writes the results file, the pictures and the tables of docs/paper.md, which explains each experiment.
 
     python examples/paper/run.py               # two processes, about 25 minutes on two cores
     python examples/paper/run.py --quick       # under a minute; writes nothing unless told where
