@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from sgd_probe.theory import MinibatchSampling, SGDDynamics
+
+#: Minibatches that fill AdamW's first moment before its weights may move.
+WARM = 40
 
 
 class Step(NamedTuple):
@@ -51,6 +55,16 @@ def descend(
         moved = after
 
 
+@dataclass(frozen=True)
+class AdamW:
+    """Arguments of ``torch.optim.AdamW``."""
+
+    learning_rate: float
+    decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
 class minibatch_gradients:
     """Gradients of stacked minibatches at stacked displacements from the minimum, float32."""
 
@@ -65,7 +79,9 @@ class minibatch_gradients:
         return found
 
 
-def draws(samples: int, sampling: MinibatchSampling, seeds: int, generator: torch.Generator) -> Iterator[Tensor]:
+def draws(
+    samples: int, sampling: MinibatchSampling, seeds: int, generator: torch.Generator
+) -> Iterator[Tensor]:
     """Indices of one minibatch after another, a row for each seed, (seeds, at most B)."""
     size = sampling.batch_size
     while sampling.replacement:
@@ -75,3 +91,34 @@ def draws(samples: int, sampling: MinibatchSampling, seeds: int, generator: torc
         for batch in order.split(size, 1):
             if batch.shape[1] == size or not sampling.drop_last:
                 yield batch
+
+
+def descend_adamw(
+    problem: Problem, adam: AdamW, batch: int, seeds: int, steps: int, generator: torch.Generator
+) -> Iterator[Step]:
+    """``torch.optim.AdamW`` long after its start, from the minimum, minibatches drawn with replacement.
+
+    Both moments begin as they would be had it stayed at the minimum: the first from minibatches seen there,
+    the second at its expectation. Bias corrections are those of a late step, which are none. The optimizer's
+    own decay pulls on the whole weights, not on displacements.
+    """
+    origin = problem.weights.float()
+    moved, first = torch.zeros(seeds, problem.size), torch.zeros(seeds, problem.size)
+    second = second_moments(problem, batch).float().repeat(seeds, 1)
+    gradients = minibatch_gradients(problem)
+    batches = draws(problem.samples, MinibatchSampling(batch_size=batch), seeds, generator)
+    for _ in range(WARM):
+        first = adam.betas[0] * first + (1 - adam.betas[0]) * gradients(moved, next(batches))
+    for _ in range(steps):
+        gradient = gradients(moved, next(batches))
+        first = adam.betas[0] * first + (1 - adam.betas[0]) * gradient
+        second = adam.betas[1] * second + (1 - adam.betas[1]) * gradient**2
+        shrunk = moved - adam.learning_rate * adam.decay * (origin + moved)
+        after = shrunk - adam.learning_rate * first / (second.sqrt() + adam.eps)
+        yield Step(moved, gradient, after, batch)
+        moved = after
+
+
+def second_moments(problem: Problem, batch: int) -> Tensor:
+    """E g^2 of each weight's minibatch gradient at the minimum, (p,)."""
+    return (problem.gradients - problem.gradients.mean(0)).square().mean(0) / batch

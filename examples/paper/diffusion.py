@@ -1,4 +1,4 @@
-"""Claim (b): in nearly flat directions the variance grows with time, with D proportional to the learning rate.
+"""Claim (b): in nearly flat directions the variance grows with time, D in proportion to the learning rate.
 
 Near-flat are the modes with a kappa of at most ``FLAT`` over the longest window at the highest rate, by the
 Hessian at the minimum. Their squared displacement, averaged over modes, is divided by what their kappa leaves
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from descent import descend
-from estimates import Array, Estimate, slope
+from estimates import Estimate, slope
 from problems import Problem
 
 from sgd_probe.theory import MinibatchSampling, SGDDynamics

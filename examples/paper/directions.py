@@ -63,23 +63,22 @@ def exact(problem: Problem, count: int) -> Directions:
     )
 
 
-def held_out(problem: Problem, found_on: Tensor, measured_on: Tensor, count: int) -> Directions:
-    """The stiffest eigenvectors of some samples, with the curvature that others give them."""
-    vectors = problem.on(found_on).vectors[:, :count]
-    others = measured_on[:, None]
+def both_folds(problem: Problem, count: int) -> tuple[Directions, Directions]:
+    """The stiffest eigenvectors of one half, with the curvature that the other gives them, and vice versa."""
+    one = problem.on(problem.halves[0])
+    other = problem.without(one, problem.halves[0])
+    return held_out(problem, one, other, count), held_out(problem, other, one, count)
+
+
+def held_out(problem: Problem, finding: Problem, measuring: Problem, count: int) -> Directions:
+    """The stiffest eigenvectors on some samples, with the curvature on others."""
+    vectors, indices = finding.vectors[:, :count], torch.arange(measuring.samples)[:, None]
 
     def quotients(vector: Tensor) -> Tensor:
-        rows: Tensor = vmap(problem.product, in_dims=(None, None, 0), chunk_size=64)(
-            vector, problem.weights, others
-        )
+        each = vmap(measuring.product, in_dims=(None, None, 0), chunk_size=64)
+        rows: Tensor = each(vector, problem.weights, indices)
         return rows @ vector
 
     each = torch.stack([quotients(vector) for vector in vectors.T], 1).numpy()  # (samples, k)
     deviations = (problem.gradients - problem.gradients.mean(0)) @ vectors
     return Directions(vectors, each.mean(0), each.std(0, ddof=1) / np.sqrt(len(each)), deviations.numpy())
-
-
-def both_folds(problem: Problem, count: int) -> tuple[Directions, Directions]:
-    """Found on one half and measured on the other, and the other way round."""
-    one, other = problem.halves
-    return held_out(problem, one, other, count), held_out(problem, other, one, count)

@@ -1,4 +1,4 @@
-"""The variances of all modes together: how the deviations of minibatch Hessians make modes heat each other."""
+"""The variances of all modes together: deviations of minibatch Hessians make modes heat each other."""
 
 from __future__ import annotations
 

@@ -127,6 +127,13 @@ class Problem:
         chosen = replace(self, inputs=self.inputs[indices], targets=self.targets[indices])
         return replace(chosen, hessian=dense_hessian(chosen.loss, self.weights))
 
+    def without(self, part: Problem, indices: Tensor) -> Problem:
+        """The complement of ``part``, which is on these samples: what is left of the sum of all Hessians."""
+        left = torch.ones(self.samples, dtype=torch.bool)
+        left[indices] = False
+        hessian = (self.samples * self.hessian - part.samples * part.hessian) / int(left.sum())
+        return replace(self, inputs=self.inputs[left], targets=self.targets[left], hessian=hessian)
+
     @cached_property
     def _modes(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.hessian)

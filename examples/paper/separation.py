@@ -1,8 +1,8 @@
 """Claim (a): along the Hessian's eigenbasis some modes are confined, the others diffuse.
 
-Two measures that know nothing of the Hessian, sorted by kappa = eta lambda T, which comes from it: the exponent
-with which the variance over seeds grows in time, 1 for a diffusing mode and 0 for a confined one, and the
-verdict that the probe's own rule reaches on each mode from a single trajectory.
+Two measures that know nothing of the Hessian, sorted by kappa = eta lambda T, which comes from it: the
+exponent with which the variance over seeds grows in time, 1 for a diffusing mode and 0 for a confined one,
+and the verdict that the probe's own rule reaches on each mode from a single trajectory.
 """
 
 from __future__ import annotations

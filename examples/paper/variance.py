@@ -145,7 +145,12 @@ def measure(problem: Problem, plan: Plan) -> Variance:
     for index, pull in enumerate(plan.pulls):
         rate, generator = problem.rate(pull), torch.Generator().manual_seed(100 + index)
         run = descend(
-            problem, SGDDynamics(rate), MinibatchSampling(batch_size=plan.batch), plan.seeds, plan.steps, generator
+            problem,
+            SGDDynamics(rate),
+            MinibatchSampling(batch_size=plan.batch),
+            plan.seeds,
+            plan.steps,
+            generator,
         )
         kept = [(step.after @ vectors).double().numpy() for t, step in enumerate(run, 1) if t in records]
         variance = squared_deviations(np.stack(kept)).mean(0)  # (seeds, modes of all sets)
@@ -172,9 +177,14 @@ def measure(problem: Problem, plan: Plan) -> Variance:
 
 
 def _points(
-    variance: Array, along: Directions, rate: float, plan: Plan, rng: np.random.Generator, together: Array | None
+    variance: Array,
+    along: Directions,
+    rate: float,
+    plan: Plan,
+    rng: np.random.Generator,
+    together: Array | None,
 ) -> Points:
-    """V of each seed, (seeds, k), in units of eta^2 sigma^2; modes that had no time to settle are left out."""
+    """V of each seed, (seeds, k), over eta^2 sigma^2; modes that had no time to settle are left out."""
     noise, noise_error = along.resampled_noise(plan.batch, plan.minibatches, rng)
     pull = rate * along.curvature
     settled = pull * plan.steps / 2 >= SETTLED
@@ -185,5 +195,9 @@ def _points(
     # The exact S^2 / B there: the recursion knows no resampling.
     share = np.full(len(pull), np.nan) if together is None else together / free
     return Points(
-        pull[settled], pulls[:, settled], (variance.mean(0) / free)[settled], spreads[:, settled], share[settled]
+        pull[settled],
+        pulls[:, settled],
+        (variance.mean(0) / free)[settled],
+        spreads[:, settled],
+        share[settled],
     )
