@@ -151,8 +151,10 @@ class Density:
     """Runs of SGD on a slice beside the equations.
 
     Attributes:
-        slice: what was simulated.
-        curvature: of the mean loss at the start.
+        name: of the slice.
+        pull: eta lambda, lambda the curvature of the mean loss at the start.
+        batch: B.
+        steps: of a run.
         ends: final positions, shape (seeds, runs).
         edges: of the bins, (BINS + 1,).
         equations: probability of each bin, (BINS,), and of the sides of zero, by name; one that is not
@@ -161,8 +163,10 @@ class Density:
         undefined: why an equation is missing, by name.
     """
 
-    slice: Slice
-    curvature: float
+    name: str
+    pull: float
+    batch: int
+    steps: int
     ends: Array
     edges: Array
     equations: dict[str, Array]
@@ -214,8 +218,10 @@ def compare(cut: Slice, seeds: int, runs: int, seed: int = 0) -> Density:
     by_chance = 0.5 * np.abs(draws - clean(equations[MASTER])).sum(1)
     slope = np.gradient(everywhere.mean_gradient, fine.width)
     return Density(
-        slice=cut,
-        curvature=float(np.interp(cut.start, fine.centres, slope)),
+        name=cut.name,
+        pull=cut.rate * float(np.interp(cut.start, fine.centres, slope)),
+        batch=cut.inputs.shape[1],
+        steps=cut.steps,
         ends=ends,
         edges=edges,
         equations=equations,
@@ -345,7 +351,6 @@ def tables(densities: Sequence[Density]) -> str:
 
 
 def _table(found: Density) -> str:
-    cut = found.slice
     chance = f"{found.floor[0]:.3f} by chance, below {found.floor[1]:.3f}"
     rows = [
         [
@@ -363,10 +368,9 @@ def _table(found: Density) -> str:
             rows.append([name, *numbers])
         else:
             rows.append([name, "negative diffusion", "", "", ""])
-    pull = cut.rate * found.curvature
     return (
-        f"**{cut.name.capitalize()}: eta lambda = {pull:.2f}, B = {cut.inputs.shape[1]}, {cut.steps} steps, "
-        f"{len(found.ends)} seeds**\n\n"
+        f"**{found.name.capitalize()}: eta lambda = {found.pull:.2f}, B = {found.batch}, "
+        f"{found.steps} steps, {len(found.ends)} seeds**\n\n"
         + table(["", "mean", "standard deviation", "below zero", "total variation distance"], rows)
     )
 
@@ -379,7 +383,7 @@ def figure(densities: Sequence[Density]) -> Any:
     panels = make_subplots(
         -(-len(densities) // columns),
         columns,
-        subplot_titles=[each.slice.name for each in densities],
+        subplot_titles=[each.name for each in densities],
         vertical_spacing=0.13,
         horizontal_spacing=0.09,
     )

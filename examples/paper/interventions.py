@@ -65,8 +65,8 @@ class Plan:
 
 
 FULL = {
-    "vision": Plan(64, 16, 80, 6, 8, 0.0105, 16, 60),
-    "language": Plan(64, 10, 80, 4, 8, 0.002, 16, 60),
+    "vision": Plan(64, 16, 80, 6, 8, 0.0105, 48, 40),
+    "language": Plan(64, 10, 80, 4, 8, 0.002, 32, 40),
 }
 QUICK = {
     "vision": Plan(64, 1, 60, 3, 4, 0.0105, 3, 15),
@@ -110,6 +110,23 @@ class Tethered:
         """Mean of ``spread``."""
         chosen = self.tied == tied
         return share(self._per_seed(chosen * self.spread[:, phase]), self._per_seed(chosen))
+
+    def seen_confined(self) -> Estimate:
+        """Tethered directions that LoopProbe's second window found as a stiff mode and called confined."""
+        found = self.seen == Verdict.CONFINED.value
+        return share(self._per_seed(found & self.tied), self._per_seed(self.tied))
+
+    def less_free(self) -> Estimate:
+        """Share of diffusive ones in the third window, those once tethered less those left alone."""
+        free = self.verdicts[:, 2] == Verdict.DIFFUSIVE.value
+        counts = [
+            self._per_seed(chosen) for tied in (self.tied, ~self.tied) for chosen in (free & tied, tied)
+        ]
+
+        def difference(a: Array, b: Array, c: Array, d: Array) -> float:
+            return float(a.sum() / b.sum() - c.sum() / d.sum()) if b.sum() and d.sum() else np.nan
+
+        return over_seeds(difference, *counts)
 
     def _per_seed(self, values: Array | NDArray[np.bool_]) -> Array:
         return np.bincount(self.seed, values.astype(float), minlength=int(self.seed.max()) + 1)
@@ -373,8 +390,8 @@ def tables(result: Result) -> str:
     return (
         f"**{name}, tether ({len(set(tethered.seed))} runs)**\n\n{table(head, rows)}\n\n"
         f"LoopProbe's own second window lists {sum(seen != '')} of the {len(seen)} tethered directions among "
-        f"its stiff modes, and calls {sum(seen == Verdict.CONFINED.value)} of those confined. Of its near-flat "
-        f"directions, drawn anew in each window, are diffusive: {flat}.\n\n"
+        f"its stiff modes, and calls {sum(seen == Verdict.CONFINED.value)} of those confined. Of its "
+        f"near-flat directions, drawn anew in each window, are diffusive: {flat}.\n\n"
         f"**{name}, kick**\n\n"
         f"{table(KICK_HEAD, decays)}"
     )

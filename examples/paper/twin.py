@@ -1,9 +1,9 @@
 """Are the verdicts true? Against a linearised twin whose modes are known, under the same minibatches.
 
 Of each direction the truth is kappa = eta lambda T: how many relaxation times of the frozen Hessian the
-window holds. Below 1 the twin is free, from 20 on it is confined; in between no single window can tell. Two sets of
-directions are judged: those that the package itself found on the live network (LoopProbe), and all exact
-eigenvectors of the Hessian, by the package's sums and rule.
+window holds. Below 1 the twin is free, from 20 on it is confined; in between no single window can tell.
+Two sets of directions are judged: those that the package itself found on the live network (LoopProbe), and
+all exact eigenvectors of the Hessian, by the package's sums and rule.
 """
 
 from __future__ import annotations
