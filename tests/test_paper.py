@@ -186,7 +186,7 @@ def test_an_unknown_problem_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_short_form(tmp_path: Path) -> None:
-    """At eta lambda near 1 Langevin is off by nearly two and the discrete equation is not; the rest, roughly."""
+    """At eta lambda near 1 Langevin is off by nearly two, the discrete equation is not; the rest roughly."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "paper" / "run.py"), "--quick", "--output", str(tmp_path)],
         capture_output=True,
