@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from problems import NAMES
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _figures import picture
+from _figures import picture  # type: ignore[import-untyped]
 
 BLUE, ORANGE, GREEN, GREY, SKY, INK = "#0072b2", "#d55e00", "#009e73", "#7a7a7a", "#56b4e9", "#222222"
 COLOURS = {"vision": BLUE, "language": ORANGE}
@@ -50,7 +50,7 @@ def separation(results: Results) -> Any:
     for column, name in enumerate(NAMES, 1):
         groups = results[name]["separation"]["groups"]
         kappas = [math.sqrt(max(group["kappa"][0], 0.01) * group["kappa"][1]) for group in groups]
-        place = {"row": 1, "col": column}
+        place: dict[str, Any] = {"row": 1, "col": column}
         figure.add_scatter(
             x=kappas,
             y=[group["expected"] for group in groups],

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from descent import descend
 from estimates import Array, Estimate, resampled
+from numpy.typing import NDArray
 from problems import Problem
 
 from sgd_probe.dynamics.statistics import WindowStatistics
@@ -100,9 +101,8 @@ def measure(problem: Problem, plan: Plan) -> Separation:
     x = np.zeros((plan.seeds, len(values)))
     for t, step in enumerate(descend(problem, dynamics, sampling, plan.seeds, plan.steps, generator), 1):
         after, gradient = ((part @ vectors).double().numpy() for part in (step.after, step.gradient))
-        statistics = [
-            each.update(*row, rate, rate) for each, *row in zip(statistics, x, gradient, after, strict=True)
-        ]
+        rows = zip(statistics, x, gradient, after, strict=True)
+        statistics = [each.update(before, g, moved, rate, rate) for each, before, g, moved in rows]
         x = after
         if t in (plan.early, plan.steps):
             squares[t] = x**2 / (rate**2 * noise)
@@ -113,7 +113,7 @@ def measure(problem: Problem, plan: Plan) -> Separation:
     }
     octaves = np.log(plan.steps / plan.early)
 
-    def group(chosen: Array) -> Group:
+    def group(chosen: NDArray[np.bool_]) -> Group:
         early, late = (squares[t][:, chosen].mean(1) for t in (plan.early, plan.steps))
         growth = np.log(late.mean() / early.mean()) / octaves
         means = resampled(np.stack([early, late], 1))
