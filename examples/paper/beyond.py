@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from descent import AdamW, Step, descend, descend_adamw, second_moments
 from estimates import Array, Estimate, squared_deviations
+from numpy.typing import NDArray
 from problems import Problem
 from torch import Tensor
 
@@ -134,7 +135,7 @@ class Modes:
         some = chosen[np.linspace(0, len(chosen) - 1, min(FLAT_MODES, len(chosen))).round().astype(int)]
         return self._take(some), len(chosen)
 
-    def _take(self, chosen: Array) -> Modes:
+    def _take(self, chosen: NDArray[np.intp]) -> Modes:
         indices = torch.from_numpy(np.asarray(chosen))
         return Modes(self.vectors[:, indices], self.eigenvalues[chosen], self.sample_variance[chosen])
 

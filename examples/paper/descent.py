@@ -88,7 +88,7 @@ def draws(
         yield torch.randint(samples, (seeds, size), generator=generator)
     while True:
         order = torch.rand(seeds, samples, generator=generator).argsort(1)
-        for batch in order.split(size, 1):
+        for batch in torch.split(order, size, 1):
             if batch.shape[1] == size or not sampling.drop_last:
                 yield batch
 

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 MINIMA, SONNETS = HERE / "minima", HERE / "sonnets.txt"
 
 #: Norm of the gradient at what counts as a minimum.
-GRADIENT = 1e-9
+GRADIENT = 1e-10
 #: Eigenvalues below this share of the largest are zero: directions that change nothing at all.
 ZERO = 1e-8
 #: Modes with less than this share of the mean noise have none: they cannot move.

@@ -25,7 +25,7 @@ from problems import Problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from sgd_probe import ModeKind, SGDProbe, Verdict, WindowResult
+from sgd_probe import ModeKind, SGDProbe, WindowResult
 
 #: Learning rate of the approach.
 ADAM = 3e-3
@@ -135,7 +135,7 @@ def measure(problem: Problem, plan: Plan) -> Product:
 
 
 def slope(modes: list[Mode], plan: Plan, times: int = 2_000) -> Estimate:
-    """Of log D against log eta over the near-flat directions that the probe does not call confined."""
+    """Of log D against log eta, D the mean over all near-flat directions, whatever their verdicts."""
     rng = np.random.default_rng(0)
     cells = [
         [
@@ -144,7 +144,6 @@ def slope(modes: list[Mode], plan: Plan, times: int = 2_000) -> Estimate:
                     mode.diffusion
                     for mode in modes
                     if (mode.seed, mode.pull, mode.kind) == (seed, pull, "flat")
-                    and mode.verdict != Verdict.CONFINED
                 ]
             )
             for pull in plan.pulls
@@ -159,7 +158,7 @@ def slope(modes: list[Mode], plan: Plan, times: int = 2_000) -> Estimate:
 
     def redrawn() -> float:
         seeds = rng.integers(plan.seeds, size=plan.seeds)
-        return fit([[rng.choice(cell, len(cell)) if len(cell) else cell for cell in cells[s]] for s in seeds])
+        return fit([[cell[rng.integers(len(cell), size=len(cell))] for cell in cells[s]] for s in seeds])
 
     return Estimate.spread(fit(cells), np.array([redrawn() for _ in range(times)]))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,6 +19,8 @@ from variance import HEADLINE, Points, Variance
 #: A formula holds where the whole interval of measured over predicted lies in here; by the value, where one
 #: run's interval is wider than that.
 GOOD = (0.9, 1.1)
+#: Ends a table in the page.
+END = "<!-- end -->"
 #: Half width that the interval of the slope of D may have, and how far from 1 it may be.
 SLOPE = 0.05
 
@@ -52,11 +53,11 @@ def _short(values: Iterable[float]) -> list[float]:
 
 def _variance(found: Variance) -> dict[str, Any]:
     runs = []
-    for pull, rate, held_out, exact in zip(
-        found.plan.pulls, found.rates, found.held_out, found.exact, strict=True
+    for pull, rate, held_out, exact, softened in zip(
+        found.plan.pulls, found.rates, found.held_out, found.exact, found.softened, strict=True
     ):
         along = {"held_out": _points(held_out), "exact": _points(exact)}
-        runs.append({"pull": pull, "rate": plain(rate), **along})
+        runs.append({"pull": pull, "rate": plain(rate), "softened": plain(softened), **along})
     headline = {
         name: _ratios(Points.joined(parts).where(*HEADLINE))
         for name, parts in (("held_out", found.held_out), ("exact", found.exact))
@@ -88,7 +89,7 @@ def about(problem: Problem) -> dict[str, Any]:
     """A problem in numbers."""
     values = problem.eigenvalues
     outputs = problem.module()(problem.inputs)
-    return plain(
+    found: dict[str, Any] = plain(
         {
             "weights": problem.size,
             "samples": problem.samples,
@@ -101,6 +102,7 @@ def about(problem: Problem) -> dict[str, Any]:
             "smallest_eigenvalue": float(values[-1]),
         }
     )
+    return found
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,8 @@ def write_tables(page: Path, results: Mapping[str, Any]) -> None:
         mark = f"<!-- table: {name} -->"
         if mark not in text:
             raise ValueError(f"expected {mark} in {page}, found none: every table has its place there")
-        pattern = re.compile(re.escape(mark) + r".*?<!-- end -->", re.DOTALL)
-        replacement = f"{mark}\n{table}\n<!-- end -->"
-        text = pattern.sub(lambda _, new=replacement: new, text)
+        before, _, rest = text.partition(mark)
+        text = f"{before}{mark}\n{table}\n{END}{rest.partition(END)[2]}"
     page.write_text(text, encoding="utf-8")
 
 
@@ -296,33 +297,18 @@ def _variance_table(results: Mapping[str, Any]) -> str:
     for name in NAMES:
         part = results[name]["variance"]
         for label, key in (("held out", "held_out"), ("exact", "exact")):
-            rows += [_variance_row(name, label, f"{run['pull']:g}", run[key]) for run in part["runs"]]
-            rows.append(_variance_row(name, label, "**0.8 to 1.2**", part["headline"][key], bold=True))
-    header = [
-        "",
-        "lambda",
-        "eta lambda_1",
-        "points",
-        "V / discrete",
-        "V / Langevin",
-        "V / modified",
-        "V / all modes",
-    ]
-    return _table(header, rows)
+            for run in part["runs"]:
+                end = f"{run['softened']:.3f}" if key == "exact" else ""
+                rows.append([name, label, f"{run['pull']:g}", *_ratio_cells(run[key]), end])
+            cells = [f"**{cell}**" if cell else "" for cell in _ratio_cells(part["headline"][key])]
+            rows.append([name, label, "**0.8 to 1.2**", *cells, ""])
+    laws = ["V / discrete", "V / Langevin", "V / modified", "V / all modes"]
+    return _table(["", "lambda", "eta lambda_1", "points", *laws, "curvature at the end"], rows)
 
 
-def _variance_row(
-    name: str, label: str, pull: str, found: Mapping[str, Any], bold: bool = False
-) -> list[str]:
+def _ratio_cells(found: Mapping[str, Any]) -> list[str]:
     keys = ("over_discrete", "over_langevin", "over_modified", "over_together")
-    shown = [_show(found[key]) for key in keys]
-    return [
-        name,
-        label,
-        pull,
-        str(found["points"]),
-        *(f"**{each}**" if bold and each else each for each in shown),
-    ]
+    return [str(found["points"]), *(_show(found[key]) for key in keys)]
 
 
 def _loader_table(results: Mapping[str, Any]) -> str:

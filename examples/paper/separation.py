@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from descent import descend
 from estimates import Array, Estimate, resampled
+from numpy.typing import NDArray
 from problems import Problem
 
 from sgd_probe.dynamics.statistics import WindowStatistics
@@ -94,23 +95,25 @@ def measure(problem: Problem, plan: Plan) -> Separation:
     vectors, values = problem.vectors[:, moving].float(), problem.eigenvalues[moving].numpy()
     noise = problem.sample_variance[moving].numpy() / plan.batch
     dynamics, sampling = SGDDynamics(rate), MinibatchSampling(batch_size=plan.batch)
-    statistics = WindowStatistics.empty(plan.seeds * len(values), plan.steps)
+    # One a seed, which stays in the processor's cache.
+    statistics = [WindowStatistics.empty(len(values), plan.steps) for _ in range(plan.seeds)]
     squares = {}
     x = np.zeros((plan.seeds, len(values)))
     for t, step in enumerate(descend(problem, dynamics, sampling, plan.seeds, plan.steps, generator), 1):
         after, gradient = ((part @ vectors).double().numpy() for part in (step.after, step.gradient))
-        statistics = statistics.update(x.ravel(), gradient.ravel(), after.ravel(), rate, rate)
+        rows = zip(statistics, x, gradient, after, strict=True)
+        statistics = [each.update(before, g, moved, rate, rate) for each, before, g, moved in rows]
         x = after
         if t in (plan.early, plan.steps):
             squares[t] = x**2 / (rate**2 * noise)
-    verdicts = np.array([judge(each).verdict for each in weigh(statistics, 0.0)]).reshape(x.shape)
+    verdicts = np.array([[judge(mode).verdict for mode in weigh(each, 0.0)] for each in statistics])
     kappa = rate * values * plan.steps
     expected = {
         t: np.array([t * growth_ratio(float(value), t, dynamics) for value in values]) for t in squares
     }
     octaves = np.log(plan.steps / plan.early)
 
-    def group(chosen: Array) -> Group:
+    def group(chosen: NDArray[np.bool_]) -> Group:
         early, late = (squares[t][:, chosen].mean(1) for t in (plan.early, plan.steps))
         growth = np.log(late.mean() / early.mean()) / octaves
         means = resampled(np.stack([early, late], 1))

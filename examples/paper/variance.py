@@ -17,6 +17,8 @@ from directions import Directions, both_folds, exact
 from estimates import TIMES, Array, Estimate, resampled, squared_deviations
 from heat import predict_together
 from problems import Problem
+from torch import Tensor
+from torch.func import vmap
 
 from sgd_probe.theory import MinibatchSampling, SGDDynamics
 
@@ -24,6 +26,8 @@ from sgd_probe.theory import MinibatchSampling, SGDDynamics
 HEADLINE = (0.8, 1.2)
 #: A mode has settled after so many relaxation times.
 SETTLED = 3.0
+#: Runs at whose ends the curvature is looked at.
+ENDS = 8
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class Variance:
         rates: eta of each run.
         held_out: points along held-out directions of both folds, run by run.
         exact: points along the eigenvectors of the population.
+        softened: curvature of the exact modes where runs have ended over that at the minimum, their mean, run
+            by run: 1 where the loss is a quadratic as far as they get.
         curvature: held-out and exact lambda of the stiffest modes, for the record.
     """
 
@@ -133,6 +139,7 @@ class Variance:
     rates: list[float]
     held_out: list[Points]
     exact: list[Points]
+    softened: list[float]
     curvature: dict[str, list[float]]
 
 
@@ -141,18 +148,15 @@ def measure(problem: Problem, plan: Plan) -> Variance:
     sets = [*both_folds(problem, plan.modes), exact(problem, plan.modes)]
     vectors = torch.cat([each.vectors for each in sets], 1).float()
     records = range(plan.steps // 2, plan.steps + 1)
-    rates, held_out, known = [], [], []
+    rates, held_out, known, softened = [], [], [], []
     for index, pull in enumerate(plan.pulls):
         rate, generator = problem.rate(pull), torch.Generator().manual_seed(100 + index)
-        run = descend(
-            problem,
-            SGDDynamics(rate),
-            MinibatchSampling(batch_size=plan.batch),
-            plan.seeds,
-            plan.steps,
-            generator,
-        )
-        kept = [(step.after @ vectors).double().numpy() for t, step in enumerate(run, 1) if t in records]
+        dynamics, sampling = SGDDynamics(rate), MinibatchSampling(batch_size=plan.batch)
+        kept = []
+        for t, step in enumerate(descend(problem, dynamics, sampling, plan.seeds, plan.steps, generator), 1):
+            if t in records:
+                kept.append((step.after @ vectors).double().numpy())
+        softened.append(softening(problem, step.after[:ENDS], plan.modes))
         variance = squared_deviations(np.stack(kept)).mean(0)  # (seeds, modes of all sets)
         parts = np.split(variance, len(sets), axis=1)
         together = predict_together(problem, rate, plan.batch, records, generator, plan.every).mean(0)
@@ -173,7 +177,15 @@ def measure(problem: Problem, plan: Plan) -> Variance:
             ("exact", sets[2].curvature),
         )
     }
-    return Variance(plan, rates, held_out, known, curvature)
+    return Variance(plan, rates, held_out, known, softened, curvature)
+
+
+def softening(problem: Problem, ends: Tensor, modes: int) -> float:
+    """v.Hv of the stiffest modes at these displacements over lambda, the mean over both."""
+    vectors, values = problem.vectors[:, :modes].T.float(), problem.eigenvalues[:modes].float()
+    each = vmap(problem.product, in_dims=(0, None))
+    found = [(each(vectors, problem.weights.float() + end) * vectors).sum(1) / values for end in ends]
+    return float(torch.stack(found).mean())
 
 
 def _points(
