@@ -37,6 +37,8 @@ SAME = 0.9
 PHASES = ("before", "tethered", "released")
 #: Lag of displacements, steps; size of a kick, weight units.
 LAG, KICK = 20, 1e-3
+#: Steps at which the curvature is looked at where the kicked runs are, and of how many of them.
+SEEN, MOST_SEEN = (0, 1, 3, 6, 12, 20, 30), 16
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Tethered:
     Attributes:
         verdicts: by the package's rule on the steps of each window, shape (directions, phases).
         tied: which of them the second phase tethers, shape (directions,).
-        spread: squared displacement over ``LAG`` steps over that of a free direction, (directions, phases).
+        spread: mean squared displacement over ``LAG`` steps, from every step on, over that of a free direction, (directions, phases).
         foretold: the same by the closed forms, from eta k and the noise at the minimum.
         seed: of each direction.
         seen: LoopProbe's second window lists the direction as a stiff mode and calls it so; "" where none of
@@ -225,7 +227,7 @@ def _row(
         first, last = window.result.opened_at_step, window.result.closed_at_step
         part = Paths(np.full(len(g), rate), x, g).between(first, last)
         verdicts.append(str(part.verdicts()[0, 0]))
-        moved = np.diff(part.x[::LAG, 0, 0])
+        moved = part.x[LAG:, 0, 0] - part.x[:-LAG, 0, 0]
         spread.append(float((moved**2).mean()) / (rate**2 * noise * LAG))
         pull = TETHERS[index // 2] if tied and phase == 1 else 0.0
         a = 1 - pull
@@ -256,7 +258,8 @@ class Kicked:
     Attributes:
         pulls: eta lambda of each mode, (modes,).
         distance: along the kicked mode over the kick, shape (steps + 1, modes, seeds).
-        there: v.Hv where the runs are, over that at the minimum: mean over some of the steps, (modes, seeds).
+        there: v.Hv where the first runs are, over that at the minimum: mean over some of the steps, weighted
+            as the distances there, (modes, at most ``MOST_SEEN`` seeds).
     """
 
     pulls: Array
@@ -277,15 +280,9 @@ class Kicked:
 
         return over_seeds(rate, distance)
 
-    def corrected(self, mode: int) -> Estimate:
-        """The decay over eta times the curvature where the runs are."""
-
-        def rate(paths: Array, there: Array) -> float:
-            before, after = paths[:, :-1], paths[:, 1:]
-            decay = ((before - after) * before).sum() / (before**2).sum()
-            return float(decay / (self.pulls[mode] * there.mean()))
-
-        return over_seeds(rate, self.distance[:, mode].T, self.there[mode])
+    def curvature(self, mode: int) -> Estimate:
+        """Where the runs are, over that at the minimum."""
+        return Estimate.of(self.there[mode])
 
 
 def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps: int, seeds: int) -> Kicked:
@@ -299,17 +296,19 @@ def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps:
     )
     distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
     curved = vmap(vmap(problem.product, in_dims=(1, None)), in_dims=(None, 0), chunk_size=4)
-    there = []
+    pulls = problem.eigenvalues[list(modes)] * rate
+    there, weights = [], []
     for t, rows in enumerate(drawn):
-        # Distances count by their squares: stiff modes' by their first few steps.
-        if t in (1, 4, 12):
-            products = curved(vectors, problem.weights + moved[0])
+        if t in SEEN:
+            products = curved(vectors, problem.weights + moved[0, :MOST_SEEN])
             there.append((products * vectors.T).sum(2).T / problem.eigenvalues[list(modes), None])
+            weights.append((1 - pulls) ** (2 * t))  # as the distances count in the regression
         moved = moved - rate * runs(moved, rows)
         apart = moved[1:] - moved[0]
         distance.append(torch.einsum("msp,pm->ms", apart, vectors) / KICK)
-    pulls = (problem.eigenvalues[list(modes)] * rate).numpy()
-    return Kicked(pulls, torch.stack(distance).numpy(), torch.stack(there).mean(0).numpy())
+    shares = torch.stack(weights) / torch.stack(weights).sum(0)
+    curvature = (torch.stack(there) * shares[:, :, None]).sum(0)
+    return Kicked(pulls.numpy(), torch.stack(distance).numpy(), curvature.numpy())
 
 
 def spaced_modes(problem: Problem, count: int, smallest: float) -> list[int]:
@@ -380,8 +379,7 @@ def tables(result: Result) -> str:
             f"{pull:.3g}",
             shown(rate, ".3g"),
             shown(over(rate, pull), ".3f"),
-            f"{kicked.there[mode].mean():.3f}",
-            shown(kicked.corrected(mode), ".3f"),
+            shown(kicked.curvature(mode), ".3f"),
         ]
         for kicked in (result.kicked, result.alternating)
         for mode, (pull, rate) in enumerate(zip(kicked.pulls.tolist(), kicked.rates, strict=True))
@@ -402,7 +400,6 @@ KICK_HEAD = (
     "decay a step, measured",
     "over eta lambda",
     "curvature where the runs are, over lambda",
-    "decay over that",
 )
 _FREE = (Verdict.DIFFUSIVE.value, Verdict.SAMPLING_CONFINED.value)
 
@@ -416,7 +413,7 @@ def figure(results: Sequence[Result]) -> Any:
     """The tethered directions' displacements and verdicts by window, and decay against eta lambda."""
     from plotly.subplots import make_subplots
 
-    titles = ["Tether: how far flagged directions get", "Kick: decay of the distance, a step"]
+    titles = ["Tether: how far flagged directions get", "Kick: how fast the distance decays"]
     panels = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
     for index, result in enumerate(results):
         symbol = SYMBOLS[index % len(SYMBOLS)]

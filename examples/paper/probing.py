@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ def train(
             config=ProbeConfig(**knobs),
         )
         done = 0
-        with probe:
+        with redirect_stderr(io.StringIO()), probe:  # a hundred runs would announce themselves
             while done < steps:
                 for batch in probe.watch(stream):
                     if after is not None:

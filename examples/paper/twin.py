@@ -216,7 +216,6 @@ def figure(results: Sequence[Result]) -> Any:
     )
     for column, result in enumerate(results, start=1):
         place = {"row": 1, "col": column}
-        panels.add_vrect(x0=1, x1=20, fillcolor="#e6eaf0", line_width=0, layer="below", **place)
         for name, verdicts, colour in (
             ("confined", COLUMNS[0][1], BLUE),
             ("diffusive", COLUMNS[1][1], ORANGE),
@@ -237,6 +236,7 @@ def figure(results: Sequence[Result]) -> Any:
                     showlegend=column == 1,
                     **place,
                 )
+        panels.add_vrect(x0=1, x1=20, fillcolor="#e6eaf0", line_width=0, layer="below", **place)
     panels.update_xaxes(title="κ = η λ T of the frozen Hessian", type="log", dtick=1)
     panels.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     panels.update_yaxes(title="share of verdicts", col=1)
