@@ -1,8 +1,8 @@
 """Does a verdict follow what is done to the loss? A tether makes a flat direction confined; a kick decays.
 
-Tether: a live training that the package watches. Its first window flags directions as diffusive. Every other
-flagged one is then tied to where it is by ``k/2 (v.(theta - theta_t))^2`` in the user's loss, for the second
-window; for the third the tie is cut. The flagged directions that are left alone are the control.
+Tether: a live training that the package watches. Its first window flags directions as diffusive. Half of
+them, drawn at random, are then tied to where it is by ``k/2 (v.(theta - theta_t))^2`` in the user's loss, for
+the second window; for the third the tie is cut. The flagged directions that are left alone are the control.
 
 Kick: two runs with the same minibatches, one displaced along a mode. Their distance along it has to decay as
 ``(1 - eta lambda)^t``.
@@ -37,8 +37,9 @@ SAME = 0.9
 PHASES = ("before", "tethered", "released")
 #: Lag of displacements, steps; size of a kick, weight units.
 LAG, KICK = 20, 1e-3
-#: Steps at which the curvature is looked at where the kicked runs are, and of how many of them.
-SEEN, MOST_SEEN = (0, 1, 3, 6, 12, 20, 30), 16
+#: Steps at which the curvature is looked at where the kicked runs are, each with the number of steps that it
+#: stands for; of how many runs.
+SEEN, MOST_SEEN = {0: 1, 1: 1, 2: 2, 4: 4, 8: 6, 14: 8, 22: 8, 30: 10}, 16
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Tethered:
     Attributes:
         verdicts: by the package's rule on the steps of each window, shape (directions, phases).
         tied: which of them the second phase tethers, shape (directions,).
-        spread: mean squared displacement over ``LAG`` steps, from every step on, over that of a free direction, (directions, phases).
+        spread: mean squared displacement over ``LAG`` steps, from every step on, over that of a free
+            direction with no curvature, (directions, phases).
         foretold: the same by the closed forms, from eta k and the noise at the minimum.
         seed: of each direction.
         seen: LoopProbe's second window lists the direction as a stiff mode and calls it so; "" where none of
@@ -179,15 +181,18 @@ def _tethered_run(
     steps = 2 * plan.curvature + 3 * plan.window + 2 * REST + 1
     places: list[Tensor] = []
     flagged: list[Tensor] = []
+    pulls: dict[int, float] = {}  # eta k of the tethered ones among them
 
     def watch(model: nn.Module, results: list[WindowResult], probe: LoopProbe) -> None:
         places.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
         if len(results) == 1 and not flagged:
             flats = {mode.name for mode in results[0].modes if mode.kind is ModeKind.FLAT}
             flagged.extend(vector for name, vector in probe.basis.items() if name in flats)
-            tied = flagged[::2][: len(TETHERS)]
-            if tied:
-                loss.tie(model, torch.stack(tied, 1), torch.tensor(TETHERS[: len(tied)]) / rate)
+            order = np.random.default_rng(seed).permutation(len(flagged))[: -(-len(flagged) // 2)]
+            pulls.update(zip(order.tolist(), TETHERS, strict=False))
+            if pulls:
+                vectors = torch.stack([flagged[index] for index in pulls], 1)
+                loss.tie(model, vectors, torch.tensor(list(pulls.values())) / rate)
         elif len(results) == 2:
             loss.cut()
 
@@ -208,20 +213,19 @@ def _tethered_run(
         found += [mode.verdict.value for mode in probed.result.modes if mode.kind is ModeKind.FLAT]
     path = torch.stack(places)
     return [
-        _row(problem, plan, vector.double(), index, seed, path, windows)
+        _row(problem, plan, vector.double(), pulls.get(index, 0.0), seed, path, windows)
         for index, vector in enumerate(flagged)
     ]
 
 
 def _row(
-    problem: Problem, plan: Plan, vector: Tensor, index: int, seed: int, path: Tensor, windows: Sequence[Any]
+    problem: Problem, plan: Plan, vector: Tensor, tied: float, seed: int, path: Tensor, windows: Sequence[Any]
 ) -> dict[str, Any]:
     """One flagged direction through the three windows."""
     rate, x = problem.rate(PULL), (path @ vector).numpy()[:, None, None]
     g = -np.diff(x, axis=0) / rate  # plain SGD: what it moved by is what it used
     mixing = problem.vectors.T @ vector
     noise = float((problem.deviations @ mixing).square().mean()) / plan.batch
-    tied = index % 2 == 0 and index // 2 < len(TETHERS)
     verdicts, spread, foretold = [], [], []
     for phase, window in enumerate(windows[: len(PHASES)]):
         first, last = window.result.opened_at_step, window.result.closed_at_step
@@ -229,7 +233,7 @@ def _row(
         verdicts.append(str(part.verdicts()[0, 0]))
         moved = part.x[LAG:, 0, 0] - part.x[:-LAG, 0, 0]
         spread.append(float((moved**2).mean()) / (rate**2 * noise * LAG))
-        pull = TETHERS[index // 2] if tied and phase == 1 else 0.0
+        pull = tied if phase == 1 else 0.0
         a = 1 - pull
         foretold.append(2 * (1 - a**LAG) / (pull * (2 - pull) * LAG) if pull else 1.0)
     seen = ""
@@ -240,7 +244,7 @@ def _row(
             seen = windows[1].result.modes[best].verdict.value
     return {
         "verdicts": verdicts,
-        "tied": tied,
+        "tied": tied > 0,
         "spread": spread,
         "foretold": foretold,
         "seed": seed,
@@ -258,13 +262,13 @@ class Kicked:
     Attributes:
         pulls: eta lambda of each mode, (modes,).
         distance: along the kicked mode over the kick, shape (steps + 1, modes, seeds).
-        there: v.Hv where the first runs are, over that at the minimum: mean over some of the steps, weighted
-            as the distances there, (modes, at most ``MOST_SEEN`` seeds).
+        felt: what the decay is by the Hessian of all samples where the first runs are: sums over steps of
+            ``(v.H d)(v.d)`` and of ``lambda (v.d)^2`` with d the distance, (2, modes, at most ``MOST_SEEN``).
     """
 
     pulls: Array
     distance: Array
-    there: Array
+    felt: Array
     rates: list[Estimate] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -280,9 +284,9 @@ class Kicked:
 
         return over_seeds(rate, distance)
 
-    def curvature(self, mode: int) -> Estimate:
-        """Where the runs are, over that at the minimum."""
-        return Estimate.of(self.there[mode])
+    def foretold(self, mode: int) -> Estimate:
+        """The decay over eta lambda by the Hessian of all samples where the runs are."""
+        return share(*self.felt[:, mode])
 
 
 def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps: int, seeds: int) -> Kicked:
@@ -295,20 +299,21 @@ def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps:
         vmap(grad(lambda there, rows: problem.loss(problem.weights + there, rows))), in_dims=(0, None)
     )
     distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
-    curved = vmap(vmap(problem.product, in_dims=(1, None)), in_dims=(None, 0), chunk_size=4)
-    pulls = problem.eigenvalues[list(modes)] * rate
-    there, weights = [], []
+    product = vmap(vmap(problem.product, in_dims=(0, 0)), in_dims=(0, None), chunk_size=4)
+    values = problem.eigenvalues[list(modes), None]
+    felt = torch.zeros(2, len(modes), min(seeds, MOST_SEEN), dtype=torch.float64)
+    distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
     for t, rows in enumerate(drawn):
         if t in SEEN:
-            products = curved(vectors, problem.weights + moved[0, :MOST_SEEN])
-            there.append((products * vectors.T).sum(2).T / problem.eigenvalues[list(modes), None])
-            weights.append((1 - pulls) ** (2 * t))  # as the distances count in the regression
+            apart = (moved[1:] - moved[0])[:, :MOST_SEEN]
+            pulled = (product(apart, problem.weights + moved[0, :MOST_SEEN]) * vectors.T[:, None]).sum(2)
+            along = (apart * vectors.T[:, None]).sum(2)
+            felt += SEEN[t] * torch.stack([pulled * along, values * along**2])
         moved = moved - rate * runs(moved, rows)
         apart = moved[1:] - moved[0]
         distance.append(torch.einsum("msp,pm->ms", apart, vectors) / KICK)
-    shares = torch.stack(weights) / torch.stack(weights).sum(0)
-    curvature = (torch.stack(there) * shares[:, :, None]).sum(0)
-    return Kicked(pulls.numpy(), torch.stack(distance).numpy(), curvature.numpy())
+    pulls = (problem.eigenvalues[list(modes)] * rate).numpy()
+    return Kicked(pulls, torch.stack(distance).numpy(), (felt / KICK**2).numpy())
 
 
 def spaced_modes(problem: Problem, count: int, smallest: float) -> list[int]:
@@ -365,7 +370,7 @@ def tables(result: Result) -> str:
             ]
             row += [
                 shown(tethered.displacement(phase, tied)),
-                f"{tethered.foretold[chosen, phase].mean():.2f}",
+                f"{tethered.foretold[chosen, phase].mean():.2f}" if tied and phase == 1 else "",
             ]
             rows.append(row)
     seen = tethered.seen[tethered.tied]
@@ -379,7 +384,7 @@ def tables(result: Result) -> str:
             f"{pull:.3g}",
             shown(rate, ".3g"),
             shown(over(rate, pull), ".3f"),
-            shown(kicked.curvature(mode), ".3f"),
+            shown(kicked.foretold(mode), ".3f"),
         ]
         for kicked in (result.kicked, result.alternating)
         for mode, (pull, rate) in enumerate(zip(kicked.pulls.tolist(), kicked.rates, strict=True))
@@ -399,7 +404,7 @@ KICK_HEAD = (
     "eta lambda",
     "decay a step, measured",
     "over eta lambda",
-    "curvature where the runs are, over lambda",
+    "by the Hessian where the runs are",
 )
 _FREE = (Verdict.DIFFUSIVE.value, Verdict.SAMPLING_CONFINED.value)
 
