@@ -144,6 +144,9 @@ def test_a_tether_confines_and_a_kick_decays(vision: Any) -> None:
         assert rate.value == pytest.approx(pull, rel=0.25)
     assert found.kicked.rates[-1].value == pytest.approx(found.kicked.pulls[-1], rel=0.02)
     assert found.alternating.rates[0].value > 1 / 1.25
+    # The distance stays along its mode, and feels the curvature there.
+    for mode in range(len(found.kicked.pulls)):
+        assert found.kicked.foretold(mode).value == pytest.approx(1, abs=0.1)
     claims = list(referee.claimed({"interventions": found}))
     assert {claim.where for claim in claims} == {"vision"}
     assert interventions.tables(found)

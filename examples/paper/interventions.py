@@ -11,7 +11,8 @@ Kick: two runs with the same minibatches, one displaced along a mode. Their dist
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -269,10 +270,11 @@ class Kicked:
     pulls: Array
     distance: Array
     felt: Array
-    rates: list[Estimate] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", [self._rate(index) for index in range(len(self.pulls))])
+    @cached_property
+    def rates(self) -> list[Estimate]:
+        """The decay of each mode's distance."""
+        return [self._rate(index) for index in range(len(self.pulls))]
 
     def _rate(self, mode: int) -> Estimate:
         """``1 - a`` with a the regression of a step's distance on that before, over all seeds."""
@@ -298,7 +300,6 @@ def kick(problem: Problem, pull: float, batch: int, modes: Sequence[int], steps:
     runs = vmap(
         vmap(grad(lambda there, rows: problem.loss(problem.weights + there, rows))), in_dims=(0, None)
     )
-    distance = [torch.ones(len(modes), seeds, dtype=torch.float64)]
     product = vmap(vmap(problem.product, in_dims=(0, 0)), in_dims=(0, None), chunk_size=4)
     values = problem.eigenvalues[list(modes), None]
     felt = torch.zeros(2, len(modes), min(seeds, MOST_SEEN), dtype=torch.float64)
