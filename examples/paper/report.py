@@ -19,6 +19,8 @@ from variance import HEADLINE, Points, Variance
 #: A formula holds where the whole interval of measured over predicted lies in here; by the value, where one
 #: run's interval is wider than that.
 GOOD = (0.9, 1.1)
+#: An optimizer has at least so many near-flat modes, or nothing is claimed of them.
+FEWEST = 20
 #: Ends a table in the page.
 END = "<!-- end -->"
 #: Half width that the interval of the slope of D may have, and how far from 1 it may be.
@@ -174,10 +176,18 @@ def claims(results: Mapping[str, Any]) -> list[Claim]:
                     _good(optimizer[kind]),
                 )
         product = part["product"]
-        for kind, verdict in (("top", "confined"), ("flat", "diffusive")):
-            counts = product["verdicts"][kind]
-            share = counts.get(verdict, 0) / sum(counts.values())
-            add(f"SGDProbe: {kind} directions called {verdict}", plain(share), ">= 0.8", share >= 0.8)
+        for what, chosen, verdict, least in (
+            ("stiff, kappa >= 30", [m for m in product["modes"] if m["kappa"] >= 30], "confined", 0.95),
+            (
+                "near-flat, kappa <= 3",
+                [m for m in product["modes"] if m["kappa"] <= 3 and m["kind"] == "flat"],
+                "diffusive",
+                0.75,
+            ),
+        ):
+            share = sum(m["verdict"] == verdict for m in chosen) / max(len(chosen), 1)
+            label = f"SGDProbe: {what} ({len(chosen)}): called {verdict}"
+            add(label, plain(share), f">= {least}", share >= least)
         slope = product["slope"]
         add(
             "SGDProbe: slope of log D against log eta",
