@@ -6,10 +6,12 @@ PYTHON := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 PEERS  := $(VENV)/.peers-installed
 
-# Passed through: make demo DEMO_ARGS="--quick", make test TEST_ARGS="-k lanczos", make bench QUICK=1
+# Passed through: make demo DEMO_ARGS="--quick", make test TEST_ARGS="-k lanczos", make bench QUICK=1,
+# make paper PAPER_ARGS="--quick"
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_JOBS ?= 2
+PAPER_ARGS ?=
 QUICK     ?=
 
 # What a surrounding shell has activated or set must not leak into ours.
@@ -22,7 +24,7 @@ ifneq ($(shell { $(PYTHON) -I -c '' && cat $(STAMP); } 2>/dev/null || true),$(CU
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench browser clean-venv
+.PHONY: help demo paper test lint bench browser clean-venv
 .NOTPARALLEL:
 
 help: ## show this list
@@ -31,6 +33,9 @@ help: ## show this list
 
 demo: $(STAMP) ## train a small network with the probe and write a report (DEMO_ARGS="--quick")
 	@$(VENV)/bin/sgd-probe demo $(DEMO_ARGS)
+
+paper: $(STAMP) ## the paper's claims as experiments, docs/paper.md (25 minutes; PAPER_ARGS="--quick")
+	@$(PYTHON) examples/paper/run.py $(PAPER_ARGS)
 
 test: $(STAMP) browser ## run all tests (TEST_ARGS="-k lanczos", TEST_JOBS=2)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_JOBS) $(TEST_ARGS)

@@ -13,9 +13,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,21 @@ import numpy as np
 import torch
 from _figures import picture
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
-from torch.nn import functional as F
+from torch import Tensor
+from torch.func import vmap
 
 from sgd_probe.theory import MinibatchSampling, SGDDynamics, SGDMode
 from sgd_probe.theory.closed_forms import growth_ratio
 
-Array = NDArray[np.float64]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "paper"))
+from descent import descend
+from estimates import Array, Estimate, slope, squared_deviations
+from heat import predict_together
+from problems import Problem, load
+
 #: Discrete and Langevin variance, (records, p) each.
 Predictions = tuple[Array, Array]
 
-HIDDEN, DECAY = 12, 3e-3
 #: Steps of a run, and those after which positions are kept.
 STEPS = 100
 RECORDS = tuple(range(STEPS // 2, STEPS + 1, 5))
@@ -52,138 +54,9 @@ QUICK_CASES = (*SLOW_CASES, HALF, ONE, FAST, NOISY)
 CASES = (*QUICK_CASES, NOISIER, BOTH)
 #: Boundaries of the groups of kappa = lambda eta T.
 EDGES = (0.0, 0.3, 1.0, 3.0, 10.0, math.inf)
-#: Modes with less than this share of the mean noise have none: they cannot move.
-NOISELESS = 1e-9
 #: Near-flat: kappa at most this, at the fastest of SLOW over the whole run.
 FLAT = 0.5
 STIFF = 6
-
-
-# The network and its minimum
-
-
-@dataclass(frozen=True, eq=False)
-class Minimum:
-    """A network at a minimum of its loss, and all about it that the theory needs. Everything in float64.
-
-    Attributes:
-        model: gives the architecture; its own weights are not used.
-        weights: theta_0 in the order of ``model.parameters()``, (p,).
-        inputs: all samples, (N, 64).
-        targets: classes, (N,).
-        gradient_norm: of the full loss at theta_0.
-        eigenvalues: of the Hessian of the full loss, descending, (p,).
-        vectors: their eigenvectors as columns, (p, p).
-    """
-
-    model: nn.Module
-    weights: Tensor
-    inputs: Tensor
-    targets: Tensor
-    gradient_norm: float
-    eigenvalues: Tensor
-    vectors: Tensor
-
-    def loss(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        return regularized(self.model, weights, inputs, targets)
-
-    @cached_property
-    def noise(self) -> Tensor:
-        """Deviation of each sample's gradient from their mean, along each mode, (N, p)."""
-        each = vmap(grad(self.loss), in_dims=(None, 0, 0))
-        parts = zip(torch.split(self.inputs, 300), torch.split(self.targets, 300), strict=True)
-        rows = torch.cat([each(self.weights, x, y) for x, y in parts]) @ self.vectors
-        return rows - rows.mean(0)
-
-    @cached_property
-    def noise_variance(self) -> Array:
-        """S^2 of each mode: variance over the samples, which are all there is to draw from, (p,)."""
-        return np.asarray(self.noise.square().mean(0).numpy())
-
-    @cached_property
-    def hessian_variance(self) -> Array:
-        """s^2 of the ``STIFF`` stiffest modes: variance of v.H_i v over the samples, (``STIFF``,)."""
-        parts = list(zip(torch.split(self.inputs, 300), torch.split(self.targets, 300), strict=True))
-
-        def quotient(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            gradient = grad(lambda there: self.loss(there, x, y))
-            found: Tensor = vector @ jvp(gradient, (self.weights,), (vector,))[1]
-            return found
-
-        each = vmap(quotient, in_dims=(None, 0, 0))
-        rows = [torch.cat([each(vector, x, y) for x, y in parts]) for vector in self.vectors.T[:STIFF]]
-        return np.asarray(torch.stack(rows).var(1, correction=0).numpy())
-
-    @property
-    def noisy(self) -> NDArray[np.bool_]:
-        """Modes that count, (p,)."""
-        return np.asarray(self.noise_variance >= NOISELESS * self.noise_variance.mean())
-
-    def rate(self, pull: float) -> float:
-        """The learning rate with this eta lambda_1."""
-        return pull / float(self.eigenvalues[0])
-
-
-def regularized(model: nn.Module, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy plus the L2 term whose gradient is ``DECAY`` times the weights: coupled weight decay."""
-    shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
-    pieces = torch.split(weights, [shape.numel() for _, shape in shapes])
-    named = {name: piece.view(shape) for (name, shape), piece in zip(shapes, pieces, strict=True)}
-    penalty = DECAY / 2 * weights @ weights
-    return F.cross_entropy(functional_call(model, named, (inputs,)), targets) + penalty
-
-
-def dense_hessian(loss: Callable[[Tensor], Tensor], weights: Tensor) -> Tensor:
-    """All second derivatives, column by column, (p, p)."""
-
-    def product(vector: Tensor) -> Tensor:
-        found: Tensor = jvp(grad(loss), (weights,), (vector,))[1]
-        return found
-
-    return vmap(product, chunk_size=32)(torch.eye(len(weights), dtype=weights.dtype))
-
-
-def find_minimum() -> Minimum:
-    """Full-batch L-BFGS, then a step of Newton to the last digits.
-
-    Raises:
-        RuntimeError: it ended at a saddle.
-    """
-    digits = load_digits()
-    inputs = torch.tensor(digits.data, dtype=torch.float64) / 16
-    inputs, targets = inputs - inputs.mean(0), torch.tensor(digits.target)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
-
-    def loss(weights: Tensor) -> Tensor:
-        return regularized(model, weights, inputs, targets)
-
-    weights = nn.utils.parameters_to_vector(model.parameters()).detach().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights],
-        max_iter=5_000,
-        max_eval=10_000,
-        tolerance_grad=1e-8,
-        tolerance_change=0.0,
-        history_size=60,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss(weights)
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    found = weights.detach()
-    found = found - torch.linalg.solve(dense_hessian(loss, found), grad(loss)(found))
-    curvature = dense_hessian(loss, found)
-    values, vectors = torch.linalg.eigh((curvature + curvature.T) / 2)
-    if not values[0] > 0:
-        raise RuntimeError(f"expected a minimum, found a saddle with the eigenvalue {values[0]:.3g}")
-    norm = float(grad(loss)(found).norm())
-    return Minimum(model, found, inputs, targets, norm, values.flip(0), vectors.flip(1))
 
 
 # Measured
@@ -206,38 +79,36 @@ class Run:
     ends: Tensor
 
 
-def descend(minimum: Minimum, rate: float, batch: int, seeds: int, generator: torch.Generator) -> Run:
-    """All seeds at once in float32: what torch.optim.SGD does, on stacked weights."""
-    weights, inputs = minimum.weights.float(), minimum.inputs.float()
-    step = vmap(grad(lambda moved, x, y: minimum.loss(weights + moved, x, y)))
-    moved = torch.zeros(seeds, len(weights))
-    positions = []
-    for t in range(1, STEPS + 1):
-        drawn = torch.randint(len(inputs), (seeds, batch), generator=generator)
-        moved = moved - rate * step(moved, inputs[drawn], minimum.targets[drawn])
+def simulate(minimum: Problem, rate: float, batch: int, seeds: int, generator: torch.Generator) -> Run:
+    """All seeds at once in float32."""
+    positions, sampling = [], MinibatchSampling(batch_size=batch)
+    for t, step in enumerate(descend(minimum, SGDDynamics(rate), sampling, seeds, STEPS, generator), 1):
         if t in RECORDS:
-            positions.append((moved.double() @ minimum.vectors).numpy())
-    return Run(rate, batch, np.stack(positions), moved[:16].double())
+            positions.append((step.after.double() @ minimum.vectors).numpy())
+    return Run(rate, batch, np.stack(positions), step.after[:16].double())
 
 
-def late_curvature(minimum: Minimum, run: Run) -> Array:
+def late_curvature(minimum: Problem, run: Run) -> Array:
     """v.Hv of the ``STIFF`` stiffest modes where runs have ended: the mean over the first seeds."""
-    inputs, vectors = minimum.inputs.float(), minimum.vectors[:, :STIFF].float()
-
-    def product(there: Tensor, vector: Tensor) -> Tensor:
-        gradient = grad(lambda moved: minimum.loss(moved, inputs, minimum.targets))
-        found: Tensor = jvp(gradient, (there,), (vector,))[1]
-        return found
-
+    vectors = minimum.vectors[:, :STIFF].float()
     ends = (minimum.weights + run.ends).float()
-    products = torch.stack([vmap(product, in_dims=(None, 1))(there, vectors) for there in ends])
+    products = torch.stack([vmap(minimum.product, in_dims=(1, None))(vectors, there) for there in ends])
     return np.asarray((products * vectors.T).sum(2).mean(0).double().numpy())
+
+
+@lru_cache(maxsize=1)
+def hessian_variance(minimum: Problem) -> Array:
+    """s^2 of the ``STIFF`` stiffest modes: variance of v.H_i v over the samples, (``STIFF``,)."""
+    each = vmap(minimum.product, in_dims=(None, None, 0), chunk_size=300)
+    samples = torch.arange(minimum.samples)[:, None]
+    rows = [each(vector, minimum.weights, samples) @ vector for vector in minimum.vectors.T[:STIFF]]
+    return np.asarray(torch.stack(rows).var(1, correction=0).numpy())
 
 
 # Predicted
 
 
-def predict(minimum: Minimum, rate: float, batch: int, eigenvalues: Array | None = None) -> Predictions:
+def predict(minimum: Problem, rate: float, batch: int, eigenvalues: Array | None = None) -> Predictions:
     """Variance of each mode by itself after ``RECORDS``, discrete and by Langevin, NaN for those left out.
 
     Args:
@@ -248,22 +119,22 @@ def predict(minimum: Minimum, rate: float, batch: int, eigenvalues: Array | None
     """
     values = minimum.eigenvalues.numpy() if eigenvalues is None else eigenvalues
     sampling, dynamics = MinibatchSampling(batch_size=batch), SGDDynamics(rate)
-    discrete, langevin = np.full((2, len(RECORDS), len(minimum.noisy)), np.nan)
-    for k in np.flatnonzero(minimum.noisy[: len(values)]):
-        noise = sampling.noise_variance(float(minimum.noise_variance[k]))
+    discrete, langevin = np.full((2, len(RECORDS), minimum.size), np.nan)
+    for k in np.flatnonzero(minimum.moving.numpy()[: len(values)]):
+        noise = sampling.noise_variance(float(minimum.sample_variance[k]))
         mode = SGDMode(float(values[k]), noise, dynamics, sampling)
         discrete[:, k] = mode.moments(STEPS).variance[list(RECORDS)]
         langevin[:, k] = mode.langevin().moments(STEPS).variance[list(RECORDS)]
     return discrete, langevin
 
 
-def share_of_own_hessian_noise(minimum: Minimum, rate: float, batch: int) -> float:
+def share_of_own_hessian_noise(minimum: Problem, rate: float, batch: int) -> float:
     """By how much a mode's own s^2 raises the discrete prediction, at most among the stiffest."""
     sampling, dynamics, found = MinibatchSampling(batch_size=batch), SGDDynamics(rate), []
-    for k, spread in enumerate(minimum.hessian_variance):
+    for k, spread in enumerate(hessian_variance(minimum)):
         value, noise = (
             float(minimum.eigenvalues[k]),
-            sampling.noise_variance(float(minimum.noise_variance[k])),
+            sampling.noise_variance(float(minimum.sample_variance[k])),
         )
         plain = SGDMode(value, noise, dynamics, sampling)
         with_spread = replace(plain, hessian_variance=sampling.noise_variance(float(spread)))
@@ -271,65 +142,7 @@ def share_of_own_hessian_noise(minimum: Minimum, rate: float, batch: int) -> flo
     return max(found)
 
 
-def predict_together(
-    minimum: Minimum, rate: float, batch: int, generator: torch.Generator, every: int = 5
-) -> Array:
-    """Variance of all modes together after ``RECORDS``, (records, p): they heat each other.
-
-    ``V_k' = (1 - eta lambda_k)^2 V_k + (eta^2 / B) (S_k^2 + Var_i(v_k.H_i z))``, H_i the Hessian of one
-    sample and z a draw of the weights with these variances, uncorrelated. The last term is a Monte Carlo over
-    all samples, one z each, renewed every few steps. Every sample's loss is still quadratic.
-    """
-    weights, inputs, vectors = minimum.weights.float(), minimum.inputs.float(), minimum.vectors.float()
-    values, noise = minimum.eigenvalues.float(), minimum.noise.float().square().mean(0)
-
-    def product(vector: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = jvp(lambda there: grad(minimum.loss)(there, x, y), (weights,), (vector,))[1]
-        return found
-
-    variance, heat, kept = torch.zeros_like(values), torch.zeros_like(values), []
-    for t in range(1, STEPS + 1):
-        if t % every == 1:
-            drawn = variance.sqrt() * torch.randn(len(inputs), len(values), generator=generator)
-            parts = zip(
-                torch.split(drawn @ vectors.T, 300),
-                torch.split(inputs, 300),
-                torch.split(minimum.targets, 300),
-                strict=True,
-            )
-            rows = torch.cat([vmap(product)(*part) for part in parts])
-            heat = (rows @ vectors - values * drawn).square().mean(0)
-        variance = (1 - rate * values) ** 2 * variance + rate**2 / batch * (noise + heat)
-        if t in RECORDS:
-            kept.append(variance.double().numpy())
-    return np.stack(kept)
-
-
 # Compared
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with its 95% interval, by bootstrap over seeds: modes share their noise."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, seeds: Array) -> Estimate:
-        means = resampled(seeds)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return cls(float(seeds.mean()), float(low), float(high))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def resampled(seeds: Array, seed: int = 0, times: int = 2_000) -> Array:
-    """Means of bootstrap samples of one number a seed, (times,)."""
-    rng = np.random.default_rng(seed)
-    return np.asarray(seeds[rng.integers(len(seeds), size=(times, len(seeds)))].mean(1))
 
 
 def ratio(run: Run, predicted: Array, modes: NDArray[np.bool_]) -> Array:
@@ -337,9 +150,7 @@ def ratio(run: Run, predicted: Array, modes: NDArray[np.bool_]) -> Array:
 
     The measured variance is that around the mean over seeds, unbiased.
     """
-    found = run.positions[:, :, modes]
-    seeds = found.shape[1]
-    squares = (found - found.mean(1, keepdims=True)) ** 2 * seeds / (seeds - 1)
+    squares = squared_deviations(run.positions[:, :, modes])
     return np.asarray((squares / predicted[:, None, modes]).mean((0, 2)))
 
 
@@ -404,10 +215,10 @@ class Diffusion:
     slope: Estimate
 
 
-def compare(minimum: Minimum, pull: float, run: Run, generator: torch.Generator, every: int | None) -> Case:
+def compare(minimum: Problem, pull: float, run: Run, generator: torch.Generator, every: int | None) -> Case:
     """Hold a run against theory; ``every`` is that of :func:`predict_together`, None to do without."""
     discrete, langevin = predict(minimum, run.rate, run.batch)
-    together = predict_together(minimum, run.rate, run.batch, generator, every) if every else None
+    together = predict_together(minimum, run.rate, run.batch, RECORDS, generator, every) if every else None
     kappa = minimum.eigenvalues.numpy() * run.rate * STEPS
 
     def ratios(chosen: NDArray[np.bool_]) -> Ratios:
@@ -419,7 +230,8 @@ def compare(minimum: Minimum, pull: float, run: Run, generator: torch.Generator,
             together=None if together is None else Estimate.of(ratio(run, together, chosen)),
         )
 
-    bins = [minimum.noisy & (kappa >= low) & (kappa < high) for low, high in pairwise(EDGES)]
+    moving = minimum.moving.numpy()
+    bins = [moving & (kappa >= low) & (kappa < high) for low, high in pairwise(EDGES)]
     each = [np.arange(len(kappa)) == k for k in range(STIFF)]
     curvature = late_curvature(minimum, run)
     late = predict(minimum, run.rate, run.batch, curvature)[0]
@@ -434,14 +246,14 @@ def compare(minimum: Minimum, pull: float, run: Run, generator: torch.Generator,
     )
 
 
-def diffusion(minimum: Minimum, runs: Sequence[Run], window: int) -> Diffusion:
+def diffusion(minimum: Problem, runs: Sequence[Run], window: int) -> Diffusion:
     """From squared displacements, each mode's divided by what its kappa leaves of free diffusion.
 
     That share is the growth ratio, ``(1 - a^(2 t)) / ((1 - a^2) t)``.
     """
     values = minimum.eigenvalues.numpy()
-    flat = minimum.noisy & (values * max(run.rate for run in runs) * STEPS <= FLAT)
-    noise = float(minimum.noise_variance[flat].mean())
+    flat = minimum.moving.numpy() & (values * max(run.rate for run in runs) * STEPS <= FLAT)
+    noise = float(minimum.sample_variance.numpy()[flat].mean())
     measured = []
     for run in runs:
         share = np.array(
@@ -449,21 +261,12 @@ def diffusion(minimum: Minimum, runs: Sequence[Run], window: int) -> Diffusion:
         )
         squares = run.positions[RECORDS.index(window)][:, flat] ** 2
         measured.append((squares / share).mean(1) / (2 * window * run.rate))
-    logs = np.log([run.rate for run in runs])
-
-    def slope(points: Array) -> Array:
-        return np.asarray(np.polyfit(logs, np.log(points), 1)[0])
-
-    # Seeds of one learning rate have nothing to do with those of the next: each is resampled by itself.
-    low, high = np.quantile(
-        slope(np.stack([resampled(each, seed) for seed, each in enumerate(measured)])), [0.025, 0.975]
-    )
     return Diffusion(
         window=window,
         modes=int(flat.sum()),
         points=[Estimate.of(each) for each in measured],
         theory=[run.rate * noise / run.batch / 2 for run in runs],
-        slope=Estimate(float(slope(np.array([each.mean() for each in measured]))), float(low), float(high)),
+        slope=slope([run.rate for run in runs], measured),
     )
 
 
@@ -484,12 +287,12 @@ def main() -> int:
     if seeds < 2:
         parser.error(f"expected at least two seeds, found {seeds}: a variance needs them")
     started = time.perf_counter()
-    minimum = find_minimum()
+    minimum = load("vision")
     _print_minimum(minimum, seeds)
     cases: dict[tuple[float, int], Case] = {}
     for index, (pull, batch) in enumerate(QUICK_CASES if options.quick else CASES):
         generator = torch.Generator().manual_seed(1_000 * options.seed + index)
-        run = descend(minimum, minimum.rate(pull), batch, seeds, generator)
+        run = simulate(minimum, minimum.rate(pull), batch, seeds, generator)
         every = None if pull in SLOW else 20 if options.quick else 5
         cases[pull, batch] = compare(minimum, pull, run, generator, every)
         _print_case(cases[pull, batch])
@@ -504,12 +307,17 @@ def main() -> int:
     return 0
 
 
-def _print_minimum(minimum: Minimum, seeds: int) -> None:
+def gradient_norm(minimum: Problem) -> float:
+    """Of the full loss."""
+    return float(minimum.gradient(minimum.weights).norm())
+
+
+def _print_minimum(minimum: Problem, seeds: int) -> None:
     values = minimum.eigenvalues.numpy()
     print(
-        f"MLP on digits, {len(values)} weights, |gradient| {minimum.gradient_norm:.1g}; eigenvalues from "
+        f"MLP on digits, {len(values)} weights, |gradient| {gradient_norm(minimum):.1g}; eigenvalues from "
         f"{values[0]:.3g} to {values[-1]:.2g}, median {np.median(values):.2g}\n"
-        f"{minimum.noisy.sum()} modes; {(~minimum.noisy).sum()} have no noise and are left "
+        f"{int(minimum.moving.sum())} modes; {int((~minimum.moving).sum())} have no noise and are left "
         f"out\n{seeds} seeds of {STEPS} steps; measured over predicted variance, mean over "
         f"steps {RECORDS[0]} to {RECORDS[-1]} [95% interval over seeds]"
     )
@@ -550,12 +358,12 @@ def _print_diffusion(lines: list[Diffusion]) -> None:
 
 
 def _summary(
-    minimum: Minimum, cases: dict[tuple[float, int], Case], lines: list[Diffusion], seeds: int, seconds: float
+    minimum: Problem, cases: dict[tuple[float, int], Case], lines: list[Diffusion], seeds: int, seconds: float
 ) -> dict[str, Any]:
     return {
         "weights": len(minimum.weights),
-        "modes": int(minimum.noisy.sum()),
-        "gradient_norm": minimum.gradient_norm,
+        "modes": int(minimum.moving.sum()),
+        "gradient_norm": gradient_norm(minimum),
         "seeds": seeds,
         "cases": [
             {

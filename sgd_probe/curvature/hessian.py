@@ -317,7 +317,7 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
 
     Returns:
         Unbiased sum over all weights of the variance of a batch's gradient at fixed weights (squared gradient
-        units); NaN for fewer than two minibatches.
+        units); zero where the gradients differ by rounding only; NaN for fewer than two minibatches.
     """
     count = len(operator.batches) * operator.parts_of_batch
     if count < 2:
@@ -328,8 +328,12 @@ def gradient_noise_trace(operator: HessianOperator) -> float:
         squares += gradient.double().square().sum()
         mean.add_(gradient, alpha=1.0 / len(operator.batches))
     mean, squares = operator.mean_and_total(mean, squares)
-    trace = (squares - count * mean.double().square().sum()) / (count - 1) / operator.parts_of_batch
-    return float(operator.space.reduce(trace))
+    spread = squares - count * mean.double().square().sum()
+    left, total = operator.space.reduce(torch.stack([spread, squares])).tolist()
+    # The mean of equal gradients is theirs but for its last digits.
+    if left <= count * torch.finfo(mean.dtype).eps * total:
+        return 0.0
+    return float(left) / (count - 1) / operator.parts_of_batch
 
 
 @dataclass(frozen=True)

@@ -407,6 +407,15 @@ def test_noise_of_the_gradients() -> None:
         assert np.isnan(gradient_noise_trace(operator))
 
 
+@pytest.mark.parametrize("count", [3, 7, 12])
+def test_equal_gradients_have_no_noise(count: int) -> None:
+    """Not even that of rounding: a loop that repeats one batch has none."""
+    module, (batch,) = build("mlp", torch.float32), freeze(contents(torch.float32, (64,)))
+    space = ParameterSpace.of(module)
+    with isolated(module), HessianOperator(module, cross_entropy, [batch] * count, space) as operator:
+        assert gradient_noise_trace(operator) == 0
+
+
 def test_cost_of_a_gradient() -> None:
     module, (batch,) = build("mlp", torch.float32), freeze(contents(torch.float32, (512,)))
     with isolated(module):

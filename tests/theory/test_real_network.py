@@ -1,12 +1,11 @@
 """The discrete theory on a network: SGD from a true minimum, in the modes of its dense Hessian.
 
-A small version of benchmarks/real_network.py, which docs/theory.md quotes. The parts are first held against
-ordinary PyTorch, on one seed and without vmap.
+A small version of benchmarks/real_network.py, which docs/theory.md quotes. The parts that it shares with
+examples/paper are held against ordinary PyTorch in tests/test_paper.py.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, jvp, vmap
-from torch.nn import functional as F
 
 #: Of a case; the intervals of the benchmark are narrower.
 SEEDS = 64
@@ -32,85 +30,22 @@ def network() -> Any:
 
 @pytest.fixture(scope="module")
 def minimum(network: Any) -> Any:
-    return network.find_minimum()
+    return network.load("vision")
 
 
 @pytest.fixture(scope="module")
 def slow_runs(network: Any, minimum: Any) -> list[Any]:
     """Of the slow learning rates, each with seeds of its own."""
     return [
-        network.descend(minimum, minimum.rate(pull), batch, SEEDS, torch.Generator().manual_seed(30 + index))
+        network.simulate(minimum, minimum.rate(pull), batch, SEEDS, torch.Generator().manual_seed(30 + index))
         for index, (pull, batch) in enumerate(network.SLOW_CASES)
     ]
-
-
-def at(minimum: Any, weights: Tensor) -> nn.Module:
-    """The network with these weights."""
-    module = copy.deepcopy(minimum.model)
-    nn.utils.vector_to_parameters(weights.clone(), module.parameters())  # they become views of it
-    assert isinstance(module, nn.Module)
-    return module
-
-
-def gradient(network: Any, minimum: Any, weights: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
-    """Of the loss of some samples with its L2 term, by ordinary backpropagation."""
-    module = at(minimum, weights)
-    loss = F.cross_entropy(module(minimum.inputs[rows]), minimum.targets[rows])
-    loss = loss + network.DECAY / 2 * sum(p.square().sum() for p in module.parameters())
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
-
-
-def test_it_starts_at_a_minimum_with_its_own_modes(network: Any, minimum: Any) -> None:
-    """No gradient, all curvatures positive, and H v = lambda v by differences of gradients."""
-    size = sum(parameter.numel() for parameter in minimum.model.parameters())
-    assert size == len(minimum.weights) < 3_000
-    assert float(gradient(network, minimum, minimum.weights).norm()) < 1e-9
-    assert float(minimum.eigenvalues[-1]) > 0
-    step = 1e-4
-    for k in (0, 1, 30, 300, size - 1):
-        vector = minimum.vectors[:, k]
-        ends = [gradient(network, minimum, minimum.weights + sign * step * vector) for sign in (1, -1)]
-        product = (ends[0] - ends[1]) / (2 * step)
-        torch.testing.assert_close(product, minimum.eigenvalues[k] * vector, rtol=0, atol=2e-7)
-
-
-def test_noise_is_that_of_minibatches(network: Any, minimum: Any) -> None:
-    """Variance of v.g over 1,500 minibatches of 8: within 10% on average over the 200 noisiest modes."""
-    generator = torch.Generator().manual_seed(3)
-    drawn = torch.randint(len(minimum.inputs), (1_500, 8), generator=generator)
-    rows = torch.stack([gradient(network, minimum, minimum.weights, each) for each in drawn])
-    noisiest = np.argsort(minimum.noise_variance)[-200:]
-    found = ((rows @ minimum.vectors).var(0) * 8).numpy()[noisiest]
-    assert float((found / minimum.noise_variance[noisiest]).mean()) == pytest.approx(1, abs=0.1)
-    assert minimum.noisy[noisiest].all()
-
-
-def test_stacked_seeds_do_what_the_optimizer_does(network: Any, minimum: Any) -> None:
-    """Two seeds against torch.optim.SGD with weight decay, on the same minibatches, in float64."""
-    rate, batch = minimum.rate(0.5), 8
-    run = network.descend(minimum, rate, batch, 2, torch.Generator().manual_seed(5))
-    generator = torch.Generator().manual_seed(5)
-    draws = [
-        torch.randint(len(minimum.inputs), (2, batch), generator=generator) for _ in range(network.STEPS)
-    ]
-    for seed in range(2):
-        module = at(minimum, minimum.weights)
-        optimizer = torch.optim.SGD(module.parameters(), lr=rate, weight_decay=network.DECAY)
-        for drawn in draws:
-            rows = drawn[seed]
-            optimizer.zero_grad()
-            F.cross_entropy(module(minimum.inputs[rows]), minimum.targets[rows]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        moved = nn.utils.parameters_to_vector(module.parameters()).detach() - minimum.weights
-        assert float((run.ends[seed] - moved).norm() / moved.norm()) < 1e-3
-        expected = (moved @ minimum.vectors).numpy()
-        np.testing.assert_allclose(run.positions[-1, seed], expected, atol=1e-3 * float(moved.norm()))
 
 
 def test_discrete_formula_in_every_group_of_kappa(network: Any, minimum: Any, slow_runs: list[Any]) -> None:
     """Within 10% for eta lambda_1 up to 0.5, where a group's standard error is 1 to 3%."""
     generator = torch.Generator().manual_seed(10)
-    fast = network.descend(minimum, minimum.rate(0.5), network.BATCH, SEEDS, generator)
+    fast = network.simulate(minimum, minimum.rate(0.5), network.BATCH, SEEDS, generator)
     for pull, run in ((network.SLOW[2], slow_runs[2]), (0.5, fast)):
         groups = network.compare(minimum, pull, run, generator, None).groups
         large = [group for group in groups if group.modes >= 10]
@@ -124,7 +59,7 @@ def test_langevin_is_off_by_two_in_the_stiffest_modes(network: Any, minimum: Any
     """At eta lambda_1 = 1: one mode's standard error is 5 to 6%, that of six together 2 to 3%."""
     pull, batch = network.ONE
     generator = torch.Generator().manual_seed(20)
-    run = network.descend(minimum, minimum.rate(pull), batch, SEEDS, generator)
+    run = network.simulate(minimum, minimum.rate(pull), batch, SEEDS, generator)
     stiff = network.compare(minimum, pull, run, generator, None).stiff
     assert 1.7 < stiff[0].langevin.value < 2.3
     assert np.mean([mode.discrete.value for mode in stiff]) == pytest.approx(1, abs=0.1)
@@ -152,7 +87,7 @@ def test_modes_heat_each_other(network: Any, minimum: Any) -> None:
     """At batch 64 the formula of single modes is too low by over 5%; the recursion of all modes is nearer."""
     pull, batch = network.NOISY
     generator = torch.Generator().manual_seed(40)
-    run = network.descend(minimum, minimum.rate(pull), batch, SEEDS, generator)
+    run = network.simulate(minimum, minimum.rate(pull), batch, SEEDS, generator)
     largest = max(
         network.compare(minimum, pull, run, generator, 20).groups, key=lambda group: int(group.modes)
     )
@@ -167,7 +102,7 @@ def test_recursion_of_all_modes_where_every_sample_is_quadratic(network: Any, mi
 
     def expanded(moved: Tensor, x: Tensor, y: Tensor) -> Tensor:
         def loss(there: Tensor) -> Any:
-            return minimum.loss(there, x, y)
+            return minimum.loss_of(there, x, y)
 
         pair = jvp(grad(loss), (weights,), (moved,))
         return torch.add(pair[0], pair[1])
@@ -176,9 +111,9 @@ def test_recursion_of_all_modes_where_every_sample_is_quadratic(network: Any, mi
     for _ in range(network.STEPS):
         drawn = torch.randint(len(inputs), (SEEDS, batch), generator=generator)
         moved = moved - rate * vmap(expanded)(moved, inputs[drawn], minimum.targets[drawn])
-    noisiest = np.argsort(minimum.noise_variance)[-400:]
+    noisiest = np.argsort(minimum.sample_variance.numpy())[-400:]
     measured = (moved.double() @ minimum.vectors).numpy().var(0, ddof=1)[noisiest]
-    together = network.predict_together(minimum, rate, batch, generator, 10)[-1][noisiest]
+    together = network.predict_together(minimum, rate, batch, [network.STEPS], generator, 10)[-1][noisiest]
     by_itself = network.predict(minimum, rate, batch)[0][-1][noisiest]
     assert float((measured / together).mean()) == pytest.approx(1, abs=0.08)
     assert float((measured / by_itself).mean()) > 1.05
