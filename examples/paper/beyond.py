@@ -96,7 +96,7 @@ class Optimizer:
     """Stiff and near-flat modes under an optimizer.
 
     Attributes:
-        name: "heavy ball", "Nesterov", "AdamW" or "AdamW, frozen", whose second moments stand still.
+        name: "heavy ball", "Nesterov" or "AdamW".
         share: of the stability limit, in the stiffest mode.
         rate: eta.
         stiff: measured variance over that of the optimizer's own recursion.
@@ -210,11 +210,9 @@ def optimizers(problem: Problem, plan: Plan) -> list[Optimizer]:
         law = SGDDynamics(1.0, momentum=0.9, dampening=0.9)
         rate = share * stability_limit(law) / float(modes.eigenvalues[0])
         law = replace(law, learning_rate=rate, weight_decay=decay, decoupled_weight_decay=True)
-        for name, second in (("AdamW", 0.999), ("AdamW, frozen", 1.0)):
-            generator = torch.Generator().manual_seed(700 + index)
-            adam = AdamW(rate, decay, (0.9, second))
-            run = descend_adamw(problem, adam, plan.batch, plan.seeds, plan.steps, generator)
-            found.append(_compare(name, share, rate, run, modes, law, plan, "warm"))
+        generator = torch.Generator().manual_seed(700 + index)
+        run = descend_adamw(problem, AdamW(rate, decay), plan.batch, plan.seeds, plan.steps, generator)
+        found.append(_compare("AdamW", share, rate, run, modes, law, plan, "warm"))
     return found
 
 
