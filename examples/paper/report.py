@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 from estimates import Estimate
 from problems import NAMES, Problem
-from separation import CONFINED, FLAT, Separation
+from separation import CONFINED, FLAT
 from variance import HEADLINE, Points, Variance
 
 #: A formula holds where the whole interval of measured over predicted lies in here; by the value, where one
@@ -35,9 +37,6 @@ def plain(value: Any) -> Any:
         return value.numbers()
     if isinstance(value, Variance):
         return _variance(value)
-    if isinstance(value, Separation):
-        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {**fields, "kappa": _short(value.kappa), "spread": _short(value.spread)}
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -49,6 +48,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value.item() if isinstance(value, np.generic) else value
+
+
+def written(results: Mapping[str, Any]) -> str:
+    """The results file: JSON with every innermost list or object on a line of its own."""
+    text = json.dumps(results, indent=1)
+    inner = re.compile(r"([\[{])\s+([^\[\]{}]*?)\s+([\]}])")
+    return inner.sub(lambda found: found[1] + " ".join(found[2].split()) + found[3], text) + "\n"
 
 
 def _short(values: Iterable[float]) -> list[float]:

@@ -31,7 +31,7 @@ import separation
 import torch
 import variance
 from problems import NAMES, Name, load
-from report import about, claims, plain, write_tables
+from report import about, claims, plain, write_tables, written
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS, PAGE = "paper.json", "paper.md"
@@ -77,7 +77,7 @@ def main() -> int:
     print(f"{results['seconds']:.0f} s")
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        (output / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (output / RESULTS).write_text(written(results), encoding="utf-8")
         if not options.quick:
             publish(results, output)
     if options.quick:
