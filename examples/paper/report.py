@@ -390,7 +390,7 @@ def _product_table(results: Mapping[str, Any]) -> str:
         for kind in ("top", "flat"):
             counts = part["verdicts"][kind]
             kappas = sorted(mode["kappa"] for mode in part["modes"] if mode["kind"] == kind)
-            span = f"{kappas[0]:.2g} to {kappas[-1]:.2g}, median {kappas[len(kappas) // 2]:.2g}"
+            span = f"{kappas[0]:.3g} to {kappas[-1]:.3g}, median {kappas[len(kappas) // 2]:.3g}"
             listed = ", ".join(
                 f"{count} {verdict}" for verdict, count in sorted(counts.items(), key=lambda c: -c[1])
             )
