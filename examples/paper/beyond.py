@@ -8,7 +8,7 @@ about it. Each mode is taken by itself: heat from other modes is left out.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from problems import Problem
 from torch import Tensor
 
 from sgd_probe.theory import MinibatchSampling, SGDDynamics, SGDMode
-from sgd_probe.theory.closed_forms import stability_limit
+from sgd_probe.theory.closed_forms import Buffer, stability_limit
 
 #: Largest kappa of a near-flat mode, and how many of them are enough.
 FLAT, FLAT_MODES = 0.5, 60
@@ -139,17 +139,17 @@ class Modes:
         indices = torch.from_numpy(np.asarray(chosen))
         return Modes(self.vectors[:, indices], self.eigenvalues[chosen], self.sample_variance[chosen])
 
-    def predict(self, dynamics: SGDDynamics, sampling: MinibatchSampling, steps: int, buffer: str) -> Array:
+    def predict(
+        self, dynamics: SGDDynamics, sampling: MinibatchSampling, steps: int, buffer: Buffer = "empty"
+    ) -> Array:
         """Variance after 1, 2, ... steps, (steps, k)."""
-        many = (
-            1.0
-            if sampling.replacement or sampling.samples is None
-            else sampling.samples / (sampling.samples - 1)
-        )
+        # Without replacement S^2 has N - 1 in its denominator.
+        total = None if sampling.replacement else sampling.samples
+        spread = self.sample_variance * (total / (total - 1) if total else 1.0)
         rows = []
-        for value, spread in zip(self.eigenvalues, self.sample_variance, strict=True):
-            mode = SGDMode(float(value), sampling.noise_variance(float(spread) * many), dynamics, sampling)
-            rows.append(mode.moments(steps, buffer="warm" if buffer == "warm" else "empty").variance[1:])
+        for value, variance in zip(self.eigenvalues.tolist(), spread.tolist(), strict=True):
+            mode = SGDMode(value, sampling.noise_variance(variance), dynamics, sampling)
+            rows.append(mode.moments(steps, buffer=buffer).variance[1:])
         return np.stack(rows, 1)
 
 
@@ -163,14 +163,14 @@ def loaders(problem: Problem, plan: Plan) -> list[Loader]:
     steps = plan.epochs * shuffled[1].steps_per_epoch
     dynamics, modes = SGDDynamics(rate), exact_modes(problem)
     stiff, (flat, _) = modes.stiff(plan.stiff), modes.flat(rate, steps)
-    plain = [each.predict(dynamics, independent, steps, "empty") for each in (flat, stiff)]
+    plain = [each.predict(dynamics, independent, steps) for each in (flat, stiff)]
     found = []
     names = ("with replacement", "shuffled, last batch dropped", "shuffled, last batch kept")
     for index, (name, sampling) in enumerate(zip(names, (independent, *shuffled), strict=True)):
         generator = torch.Generator().manual_seed(500 + index)
         run = descend(problem, dynamics, sampling, plan.epoch_seeds, steps, generator)
         free, settled = _spread(run, flat, stiff)  # (steps, seeds, k) each
-        law, stiff_law = (each.predict(dynamics, sampling, steps, "empty") for each in (flat, stiff))
+        law, stiff_law = (each.predict(dynamics, sampling, steps) for each in (flat, stiff))
         epoch = sampling.steps_per_epoch if sampling.samples else shuffled[1].steps_per_epoch
         ends = np.arange(epoch - 1, steps, epoch)
         unit = rate**2 * flat.sample_variance / size
@@ -209,7 +209,7 @@ def optimizers(problem: Problem, plan: Plan) -> list[Optimizer]:
         modes, decay = adam_modes(problem, plan.batch), 0.01
         law = SGDDynamics(1.0, momentum=0.9, dampening=0.9)
         rate = share * stability_limit(law) / float(modes.eigenvalues[0])
-        law = SGDDynamics(rate, momentum=0.9, dampening=0.9, weight_decay=decay, decoupled_weight_decay=True)
+        law = replace(law, learning_rate=rate, weight_decay=decay, decoupled_weight_decay=True)
         generator = torch.Generator().manual_seed(700 + index)
         run = descend_adamw(problem, AdamW(rate, decay), plan.batch, plan.seeds, plan.steps, generator)
         found.append(_compare("AdamW", share, rate, run, modes, law, plan, "warm"))
@@ -253,7 +253,7 @@ def _compare(
     modes: Modes,
     dynamics: SGDDynamics,
     plan: Plan,
-    buffer: str,
+    buffer: Buffer,
 ) -> Optimizer:
     stiff, (flat, many) = modes.stiff(plan.stiff), modes.flat(dynamics.effective_learning_rate, plan.steps)
     settled, free = _spread(run, stiff, flat)
@@ -273,7 +273,7 @@ def _compare(
         rate,
         Estimate.of((settled[half] / law[half, None]).mean((0, 2))),
         Estimate.of((settled[half] / langevin).mean((0, 2))),
-        Estimate.of((settled[half] / plain[half, None]).mean((0, 2))) if name != "AdamW" else None,
+        Estimate.of((settled[half] / plain[half, None]).mean((0, 2))) if buffer == "empty" else None,
         Estimate.of((free[-1] / last).mean(1)),
         many,
     )

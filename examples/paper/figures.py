@@ -157,7 +157,15 @@ def variance(results: Results) -> Any:
     pulls = np.linspace(0.02, 1.62, 200)
     for column, name in enumerate(NAMES, 1):
         place, first = {"row": 1, "col": column}, column == 1
-        figure.add_vrect(x0=0.8, x1=1.2, fillcolor="#dfe7ee", line_width=0, layer="below", **place)
+        figure.add_vrect(
+            x0=0.8,
+            x1=1.2,
+            fillcolor="#dfe7ee",
+            line_width=0,
+            layer="below",
+            exclude_empty_subplots=False,
+            **place,
+        )
         for label, law, look in (
             ("discrete equation, 1 / (2 − η λ)", 1 / (2 - pulls), {"color": BLUE, "width": 2.5}),
             ("Langevin equation, 1 / 2", np.full_like(pulls, 0.5), {"color": ORANGE, "width": 2.5}),
@@ -183,7 +191,8 @@ def variance(results: Results) -> Any:
                 f"measured, {label}",
                 colour,
                 symbol,
-                errors=errors,
+                errors,
+                size=6,
                 showlegend=first,
                 **place,
             )
@@ -209,8 +218,17 @@ def collapse(results: Results) -> Any:
         row=1,
         col=1,
     )
-    figure.add_hrect(y0=0.9, y1=1.1, fillcolor="#dfe7ee", line_width=0, layer="below", row=1, col=2)
-    figure.add_hline(y=1, line={"color": INK, "width": 1.5}, row=1, col=2)
+    figure.add_hrect(
+        y0=0.9,
+        y1=1.1,
+        fillcolor="#dfe7ee",
+        line_width=0,
+        layer="below",
+        exclude_empty_subplots=False,
+        row=1,
+        col=2,
+    )
+    figure.add_hline(y=1, line={"color": INK, "width": 1.5}, exclude_empty_subplots=False, row=1, col=2)
     for name in NAMES:
         groups = results[name]["collapse"]
         cases = list(dict.fromkeys((group["pull"], group["batch"]) for group in groups))

@@ -41,8 +41,8 @@ class Plan:
     Attributes:
         pulls: eta lambda_1 of plain SGD, by the curvature at the minimum.
         batch: B.
-        decay: weight decay of the training. The digits' is a tenth of that of their minimum, which holds every
-            direction: no window would have both confined and flat ones.
+        decay: weight decay of the training. The digits' is a tenth of that of their minimum, which holds all
+            directions: no window would have both confined and flat ones.
         approach: steps of Adam.
         settle: steps of plain SGD before the window.
         window: T.

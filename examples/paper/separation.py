@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from descent import descend
-from estimates import Array, Estimate, resampled
+from estimates import Estimate, resampled
 from numpy.typing import NDArray
 from problems import Problem
 
@@ -72,8 +72,6 @@ class Separation:
     Attributes:
         plan: of the measurement.
         modes: that have noise.
-        kappa: of each, (modes,).
-        spread: variance over seeds over that of free diffusion, (modes,).
         groups: by kappa.
         flat: modes with kappa up to ``FLAT``, as one group.
         confined: those with kappa from ``CONFINED``.
@@ -81,8 +79,6 @@ class Separation:
 
     plan: Plan
     modes: int
-    kappa: Array
-    spread: Array
     groups: list[Group]
     flat: Group
     confined: Group
@@ -131,8 +127,6 @@ def measure(problem: Problem, plan: Plan) -> Separation:
     return Separation(
         plan=plan,
         modes=len(values),
-        kappa=kappa,
-        spread=squares[plan.steps].mean(0) / plan.steps,
         groups=[group(chosen) for chosen in bins if chosen.any()],
         flat=group(kappa <= FLAT),
         confined=group(kappa >= CONFINED),
