@@ -34,8 +34,9 @@ help: ## show this list
 demo: $(STAMP) ## train a small network with the probe and write a report (DEMO_ARGS="--quick")
 	@$(VENV)/bin/sgd-probe demo $(DEMO_ARGS)
 
-paper: $(STAMP) ## the paper's claims as experiments, docs/paper.md (25 minutes; PAPER_ARGS="--quick")
+paper: $(STAMP) ## the paper's claims as experiments, docs/paper.md (half an hour; PAPER_ARGS="--quick")
 	@$(PYTHON) examples/paper/run.py $(PAPER_ARGS)
+	@$(if $(filter --only,$(PAPER_ARGS)),,$(PYTHON) examples/paper/referee.py $(PAPER_ARGS))
 
 test: $(STAMP) browser ## run all tests (TEST_ARGS="-k lanczos", TEST_JOBS=2)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
