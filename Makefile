@@ -9,6 +9,7 @@ PEERS  := $(VENV)/.peers-installed
 # Passed through: make demo DEMO_ARGS="--quick", make test TEST_ARGS="-k lanczos", make bench QUICK=1
 DEMO_ARGS ?=
 TEST_ARGS ?=
+RELEASE_ARGS ?=
 TEST_JOBS ?= 2
 QUICK     ?=
 
@@ -22,7 +23,7 @@ ifneq ($(shell { $(PYTHON) -I -c '' && cat $(STAMP); } 2>/dev/null || true),$(CU
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench browser clean-venv
+.PHONY: help demo test lint bench release browser clean-venv
 .NOTPARALLEL:
 
 help: ## show this list
@@ -47,6 +48,10 @@ bench: $(PEERS) ## run the scripts in benchmarks/ (QUICK=1 for a short run)
 	    echo "==> $$script"; $(PYTHON) "$$script" $(if $(QUICK),--quick); \
 	done; \
 	[ -n "$$found" ] || echo "There are no benchmarks yet: each benchmarks/*.py will be run from here."
+
+# What it installs, torch above all, it downloads: into an environment that is thrown away afterwards.
+release: $(STAMP) ## build the distributions and use them in a clean environment (RELEASE_ARGS="--lowest")
+	@$(PYTHON) .ci/release.py $(RELEASE_ARGS)
 
 # Tried once per environment and never fatal: without a browser its tests skip and say so.
 browser: $(STAMP) ## make a browser available to the tests of the report page, if we may

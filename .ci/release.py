@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Check what a release would hand out: build it from the last commit, look into it, install it, use it.
 
     .ci/release.py                # in a clean environment, with the newest versions that pip finds
@@ -170,13 +171,10 @@ def check_installed(python: Path, folder: Path, *, types: bool) -> None:
     output = _run([str(python), "first.py"], cwd=folder)
     assert "diffuses over 500 steps" in output, output
     assert (folder / "first_run" / "report.html").stat().st_size > 1_000_000
-    versions = (
-        "import importlib.metadata as m; print(*(f'{p} {m.version(p)}' for p in sys.argv[1:]), sep=', ')"
-    )
-    shown = ("torch", "pytorch-lightning", "numpy", "scipy", "plotly", "wandb")
-    _told(
-        f"its first page does what it says with {_run([str(python), '-c', f'import sys; {versions}', *shown])}"
-    )
+    named = "torch", "pytorch-lightning", "numpy", "scipy", "plotly", "wandb"
+    ask = f"from importlib.metadata import version; print(*map(version, {named}))"
+    versions = zip(named, _run([str(python), "-c", ask]).split(), strict=True)
+    _told("its first page does what it says, with " + ", ".join(map(" ".join, versions)))
 
 
 def check_types(python: Path, folder: Path) -> None:

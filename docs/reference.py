@@ -26,9 +26,9 @@ PAGE = Path(__file__).with_name("api.md")
 
 _HEAD = """# API reference
 
-Made from the docstrings by `python docs/reference.py`; change those, not this page. Everything else in the package
-is its inside and may change at any time. [getting-started.md](getting-started.md) shows the names in use,
-[metrics.md](metrics.md) what is logged.
+Made from the docstrings by `python docs/reference.py`; change those, not this page. Everything else in the
+package is its inside and may change at any time. [getting-started.md](getting-started.md) shows the names in
+use, [metrics.md](metrics.md) what is logged.
 """
 
 _SECTIONS = {"Args": "Arguments", "Attributes": "Attributes", "Returns": "Returns", "Raises": "Raises"}
