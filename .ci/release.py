@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_contents(sdist, wheel)
         _told(f"{sdist.name} and {wheel.name} are whole")
         python = install(wheel, work / "env", lowest() if options.lowest else [])
-        check_installed(python, work / "elsewhere", types=not options.lowest)
+        check_installed(python, tree, work / "elsewhere", types=not options.lowest)
     print("The release check has passed.")
 
 
@@ -142,11 +142,12 @@ def install(wheel: Path, folder: Path, pinned: Sequence[str]) -> Path:
     return python
 
 
-def check_installed(python: Path, folder: Path, *, types: bool) -> None:
+def check_installed(python: Path, tree: Path, folder: Path, *, types: bool) -> None:
     """The installed package answers, is light, is typed, and does what its first page says.
 
     Args:
         python: interpreter of an environment that has the package.
+        tree: the sources, for their first page.
         folder: to work in, away from the sources.
         types: ask a strict type checker too.
 
@@ -166,7 +167,7 @@ def check_installed(python: Path, folder: Path, *, types: bool) -> None:
     if types:
         check_types(python, folder)
         _told("a strict type checker sees its types")
-    page = (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+    page = (tree / "docs" / "getting-started.md").read_text(encoding="utf-8")
     (folder / "first.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     output = _run([str(python), "first.py"], cwd=folder)
     assert "diffuses over 500 steps" in output, output
@@ -199,6 +200,7 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> str:
     """The output of a command that must succeed; where it does not, its errors are shown."""
     # What surrounds us must not lend the package to an environment that lacks it.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1"}  # on a busy machine threads wait for each other
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
