@@ -176,7 +176,7 @@ def test_the_code_of_a_page_runs(
                 names |= given_transformers(tmp_path)
             exec(code, names)
             trainer = names.get("trainer")
-            added = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, SGDProbe)]
+            added: list[Any] = [c for c in getattr(trainer, "callbacks", []) if isinstance(c, SGDProbe)]
             seen += [(block.text, probe) for probe in added or [names.get("probe")]]
     # Where windows are opened as time allows, a machine that is busy may leave time for none.
     slow = any("at the present pace" in message for message in caplog.messages)
