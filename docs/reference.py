@@ -164,7 +164,8 @@ def _signature(name: str, thing: Callable[..., Any]) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             shown.append("*")
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+        prefix = "**" if parameter.kind is parameter.VAR_KEYWORD else prefix
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
         shown.append(f"{prefix}{parameter.name}{default}")
     returns = "" if isinstance(thing, type) else f" -> {_type(found.return_annotation)}"
