@@ -10,6 +10,7 @@ PEERS  := $(VENV)/.peers-installed
 # make paper PAPER_ARGS="--quick"
 DEMO_ARGS ?=
 TEST_ARGS ?=
+RELEASE_ARGS ?=
 TEST_JOBS ?= 2
 PAPER_ARGS ?=
 QUICK     ?=
@@ -24,7 +25,7 @@ ifneq ($(shell { $(PYTHON) -I -c '' && cat $(STAMP); } 2>/dev/null || true),$(CU
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo paper test lint bench browser clean-venv
+.PHONY: help demo paper test lint bench release browser clean-venv
 .NOTPARALLEL:
 
 help: ## show this list
@@ -53,6 +54,10 @@ bench: $(PEERS) ## run the scripts in benchmarks/ (QUICK=1 for a short run)
 	    echo "==> $$script"; $(PYTHON) "$$script" $(if $(QUICK),--quick); \
 	done; \
 	[ -n "$$found" ] || echo "There are no benchmarks yet: each benchmarks/*.py will be run from here."
+
+# What it installs, torch above all, it downloads: into an environment that is thrown away afterwards.
+release: $(STAMP) ## build the distributions and use them in a clean environment (RELEASE_ARGS="--lowest")
+	@$(PYTHON) .ci/release.py $(RELEASE_ARGS)
 
 # Tried once per environment and never fatal: without a browser its tests skip and say so.
 browser: $(STAMP) ## make a browser available to the tests of the report page, if we may

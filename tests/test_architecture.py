@@ -7,13 +7,10 @@ What an import really brings along is checked in fresh interpreters.
 from __future__ import annotations
 
 import ast
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -260,29 +257,3 @@ def test_public_names_need_no_optional_package() -> None:
         "import sgd_probe\n"
         "for name in sgd_probe.__all__: getattr(sgd_probe, name)"
     )
-
-
-@pytest.mark.slow
-def test_the_wheel_is_whole(tmp_path: Path) -> None:
-    """It is built from a copy, so that no build folder appears in the checkout."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    shutil.copytree(PACKAGE, tree / "sgd_probe", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--no-index", "-w", str(tmp_path), str(tree)], check=True, capture_output=True)
-
-    (wheel,) = tmp_path.glob("*.whl")
-    info = f"sgd_probe-{sgd_probe.__version__}.dist-info"
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
-        scripts = archive.read(f"{info}/entry_points.txt").decode()
-    expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
-    assert names >= expected | {"sgd_probe/py.typed", f"{info}/licenses/LICENSE"}
-    assert {name.split("/")[0] for name in names} == {"sgd_probe", info}
-    assert metadata["Version"] == sgd_probe.__version__
-    assert metadata["License-Expression"] == "MIT"
-    assert "sgd-probe = sgd_probe.cli:main" in scripts

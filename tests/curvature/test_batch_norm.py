@@ -154,5 +154,11 @@ def test_all_else_goes_the_ordinary_way(call: Callable[[Tensor, int], Tensor]) -
 )
 def test_what_is_wrong_is_refused_as_ever(rows: int, options: dict[str, Any], message: str) -> None:
     given = {"running_mean": None, "running_var": None, "training": True, **options}
+    try:
+        F.batch_norm(torch.ones(rows, 3), **given)
+    except ValueError as refusal:
+        assert message in str(refusal)
+    else:
+        pytest.skip("this version of torch takes it")
     with QuickSecondDerivatives(), pytest.raises(ValueError, match=message):
         F.batch_norm(torch.ones(rows, 3), **given)
