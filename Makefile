@@ -40,7 +40,7 @@ paper: $(STAMP) ## the paper's claims as experiments, docs/paper.md (half an hou
 	@$(if $(filter --only,$(PAPER_ARGS)),,$(PYTHON) examples/paper/referee.py $(PAPER_ARGS))
 
 test: $(STAMP) browser ## run all tests (TEST_ARGS="-k lanczos", TEST_JOBS=2)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_JOBS) $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	@$(PYTHON) -m ruff check .

@@ -104,13 +104,13 @@ def test_lanczos_holds_its_basis_and_three_vectors(
 ) -> None:
     found = elsewhere(
         "search",
-        width=1448,
+        width=1024,
         count=count,
         max_vectors=max_vectors,
         max_products=max_products,
         retain=retain,
     )
-    assert found["vector"] > 16.0, "4.2 million weights"
+    assert found["vector"] > 8.0, "2.1 million weights"
     assert found["graph"] < 1.0 + found["vector"], "activations, and the gradient"
     assert found["products"] == max_products and found["basis"] <= basis
     assert (found["restarts"] > 0) == (max_vectors is not None)
@@ -150,8 +150,7 @@ def window(max_vectors: int, batches: int, width: int = 64) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", [2, 8])
-@pytest.mark.parametrize("max_vectors", [16, 34])
+@pytest.mark.parametrize(("max_vectors", "batches"), [(16, 8), (34, 2)])
 def test_a_window_takes_what_the_plan_says(max_vectors: int, batches: int) -> None:
     found = elsewhere("window", max_vectors=max_vectors, batches=batches, width=1448)
     planned = most_vectors(ProbeConfig(top=10, flat=4), max_vectors)
