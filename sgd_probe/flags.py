@@ -67,8 +67,9 @@ class Flag:
         d, layers = self.diffusion, list(self.layers.items())[:_LAYERS_SHOWN]
         where = ", ".join(f"{name} ({share:.0%})" for name, share in layers)
         return (
-            f"{self.mode} diffuses over {horizon}: D = {d.value:.2g} [{d.low:.2g}, {d.high:.2g}] weight² per "
-            f"step, log evidence {self.log_likelihood_ratio:.1f} against confinement"
+            f"{self.mode} of window {self.window} diffuses over {horizon}: "
+            f"D = {d.value:.2g} [{d.low:.2g}, {d.high:.2g}] weight² per step, "
+            f"log evidence {self.log_likelihood_ratio:.1f} against confinement"
             + (f"; it lies in {where}" if where else "")
         )
 

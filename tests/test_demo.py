@@ -87,7 +87,7 @@ def test_the_table_the_counts_the_cost_and_the_places_are_printed(
         (row,) = (line for line in text.splitlines() if line.startswith(mode.name))
         assert mode.verdict.value in row
     assert f"{results[-1].counts()[Verdict.CONFINED]} confined" in text
-    assert "The probe has cost" in text
+    assert "the probe had cost" in text
     assert "offline-run-" in text
     report = output / "sgd_probe" / "report.html"
     assert str(report) in text

@@ -111,8 +111,9 @@ def test_the_message_names_what_one_needs() -> None:
     flag = raise_flags(make_window(epochs=4.5))[0]
     flag = dataclasses.replace(flag, diffusion=Interval(1.5e-7, 1e-7, 2.25e-7), log_likelihood_ratio=2.1)
     assert onset_message([flag]) == (
-        "window 0, from step 200: the weights wander along a valley.\n  flat_01 diffuses over 1,000 steps, "
-        "4.5 epochs: D = 1.5e-07 [1e-07, 2.2e-07] weight² per step, log evidence 2.1 against confinement; "
+        "window 0, from step 200: the weights wander along a valley.\n  flat_01 of window 0 diffuses over "
+        "1,000 steps, 4.5 epochs: D = 1.5e-07 [1e-07, 2.2e-07] weight² per step, log evidence 2.1 "
+        "against confinement; "
         "it lies in encoder.blocks.0.attention.weight (62%), head.weight (31%), head.bias (7%).\n  "
         "Of this window's flags 0.4 are expected to be wrong."
     )

@@ -85,7 +85,7 @@ def announcement(
         f"{survey.trained.space.dimension:,} weights; {stiff} and {config.flat} near-flat directions from "
         f"2 x {count} training batches ({count * samples} samples find them, as many certify).",
         f"The first window opens at about optimizer step {foretold.step:.0f} and "
-        f"pauses the training for about {duration(foretold.pause)}; it needs at most "
+        f"pauses the training for about {duration(foretold.pause)}; it needs about "
         f"{foretold.bytes / 2**20:,.0f} MB "
         f"({graphs / 2**20:,.0f} MB of graphs{rebuilt}).",
         *(f"Memory is short: {note}." for note in survey.frugality.notes),

@@ -249,11 +249,16 @@ def windows_ahead(config: ProbeConfig, steps: float, seconds: float, window_seco
         return math.inf
     length = SHORTEST_WINDOW if config.window == "auto" else config.window
     period = config.every_n_steps or length
-    most = max(math.floor((steps - MIN_WINDOW) / period) + 1, 0)
+    most = max(math.floor((steps - _whole(config)) / period) + 1, int(steps >= MIN_WINDOW))
     if config.every_n_steps is not None:
         return most
     affordable = math.floor(config.max_overhead * seconds / window_seconds) if window_seconds > 0 else most
     return min(max(affordable, int(window_seconds <= config.grace_seconds)), most)
+
+
+def _whole(config: ProbeConfig) -> int:
+    """Steps that a window needs so as not to be cut short."""
+    return MIN_WINDOW if config.window == "auto" else config.window
 
 
 class Schedule:
@@ -302,7 +307,10 @@ class Schedule:
         """
         self._note_pace(step, training)
         opening = step + lead
-        if opening < self.next_step or self.steps_left(opening) < MIN_WINDOW:
+        # The end of the run may cut the first window short: it is all that there will be. A later one would
+        # only stand in front of windows that are whole.
+        least = _whole(self._config) if self.opened else MIN_WINDOW
+        if opening < self.next_step or self.steps_left(opening) < least:
             return False
         if self._config.every_n_steps is not None:
             return True

@@ -360,6 +360,8 @@ def with_overrides(config: ProbeConfig | None, **given: Any) -> ProbeConfig:
     Raises:
         ValueError: a knob is out of range; the message names it.
     """
+    if config is not None and not isinstance(config, ProbeConfig):
+        raise ValueError(f"expected `config` to be a ProbeConfig, found {config!r}: write ProbeConfig(...)")
     wins = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(config or ProbeConfig(), **wins)
 

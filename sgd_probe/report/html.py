@@ -259,7 +259,7 @@ def _measurement(result: WindowResult) -> str:
         "Reading the steps": f"{number(cost.observe_seconds)} s",
         "All windows so far": (
             f"{number(cost.total_seconds)} s beside {number(cost.training_seconds)} s of training "
-            f"({share(cost.fraction)})"
+            f"until then ({share(cost.fraction)})"
         ),
     }
     return section("measurement", "How the last window was measured, and its cost", facts(known))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgd_probe.report.wording import VERDICT_STYLES, horizon, interval, number, plus_minus, share, steps
-from sgd_probe.result import ModeResult, WindowResult
+from sgd_probe.result import ModeResult, Verdict, WindowResult
 
 _COLUMNS = ("direction", "verdict", "curvature", "D per step [95%]", "predicted", "relaxations")
 #: Columns of words; the others are numbers, which end alike.
@@ -76,13 +76,14 @@ def _notes(result: WindowResult) -> list[str]:
     counts = result.counts()
     found = ", ".join(f"{counts[v]} {style.label}" for v, style in VERDICT_STYLES.items() if counts[v])
     flags = result.expected_false_flags
-    wrong = f"; {flags:.1f} of these flags are expected to be wrong" if math.isfinite(flags) else ""
+    flagged = counts[Verdict.DIFFUSIVE] and math.isfinite(flags)
+    wrong = f"; {flags:.1f} of its flags are expected to be wrong" if flagged else ""
     cost = result.cost
     notes = [
         f"{found or 'No modes'}{wrong}. Verdicts hold over {horizon(result)}.",
         "Curvature: v·Hv held out, for mixed directions ‖Hv‖²/|v·Hv|, in loss / weight². D: weight² / step.",
-        f"The probe has cost {cost.total_seconds:.1f} s, {share(cost.fraction)} of the "
-        f"{cost.training_seconds:.1f} s of training.",
+        f"By the end of this window the probe had cost {cost.total_seconds:.1f} s, {share(cost.fraction)} of "
+        f"the {cost.training_seconds:.1f} s of training until then.",
     ]
     if any(mode.undermined for mode in result.modes):
         notes.append("! a mark takes the ground from under this verdict; the report says which.")

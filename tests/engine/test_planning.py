@@ -271,6 +271,13 @@ def test_a_postponed_window_waits() -> None:
     assert schedule.opened == 0
 
 
+@pytest.mark.parametrize(("opened", "left", "due"), [(0, 60, True), (1, 199, False), (1, 200, True)])
+def test_the_end_of_the_run_cuts_no_window_but_the_first(opened: int, left: int, due: bool) -> None:
+    schedule = Schedule(ProbeConfig(every_n_steps=400, window=200), 0, 1_000)
+    schedule.opened = opened
+    assert schedule.due(1_000 - left, 0, 0.0, 0.0, 1.0) is due
+
+
 def test_the_number_of_windows_that_is_announced() -> None:
     fixed = ProbeConfig(every_n_steps=400, window=200)
     # At 0, 400, 800; another at 1,200 would have no steps left.
@@ -279,6 +286,10 @@ def test_the_number_of_windows_that_is_announced() -> None:
     budgeted = ProbeConfig(window=200, max_overhead=0.05)
     assert windows_ahead(budgeted, 10_000, 4_000.0, 50.0) == 4
     # Windows of 200 steps do not overlap; a short run gets one of at most grace_seconds.
-    assert windows_ahead(budgeted, 450, 1e6, 50.0) == 3
+    assert windows_ahead(budgeted, 450, 1e6, 50.0) == 2
+    # The first may be cut short by the end of the run, a later one is not opened for that.
+    assert windows_ahead(fixed, 130, 1.0, 1e9) == 1
+    assert windows_ahead(fixed, 530, 1.0, 1e9) == 1
+    assert windows_ahead(fixed, 600, 1.0, 1e9) == 2
     assert windows_ahead(budgeted, 450, 1.0, 4.0) == 1
     assert windows_ahead(budgeted, 450, 1.0, 50.0) == 0

@@ -48,6 +48,7 @@ def data(**options: Any) -> DataLoader[Any]:
         ({"every_n_steps": 100, "window": 200}, "`every_n_steps`"),
         ({"curvature_batches": 0}, "`curvature_batches`"),
         ({"name": ""}, "`name`"),
+        ({"config": {"top": 3}}, "`config`"),
         ({"run_dir": 5}, "`run_dir`"),
         ({"loss_fn": 3}, "`loss_fn`"),
         ({"optimizer": -1}, "`optimizer`"),

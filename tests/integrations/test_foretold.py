@@ -82,7 +82,7 @@ def test_what_is_foretold_happens(tmp_path: Path) -> None:
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     said = " ".join(info["plan"])
     assert "at about optimizer step 8 and pauses" in said and f"; {len(results)} over the run" in said
-    (megabytes,) = re.findall(r"needs at most ([\d,]+) MB", said)
+    (megabytes,) = re.findall(r"needs about ([\d,]+) MB", said)
     assert float(megabytes.replace(",", "")) == pytest.approx(first.foretold_bytes / 2**20, abs=1)
     rows = [row for _, row in logger.rows if "sgd_probe/lambda_max" in row]
     assert [row["sgd_probe/cost/longest_pause_seconds"] for row in rows] == pytest.approx(longest)

@@ -33,7 +33,7 @@ def test_plain_text_has_the_modes_the_counts_the_horizon_the_cost_and_the_warnin
     (row,) = (line for line in lines if line.startswith("top_01"))
     assert "confined" in row and "18.0\u00a0±\u00a01.1" in row and "[0.0017,\u00a00.0029]" in row
     assert "7 confined, 1 sampling-confined, 2 diffusive" in text
-    assert "0.4 of these flags are expected to be wrong" in text
+    assert "0.4 of its flags are expected to be wrong" in text
     assert "Verdicts hold over 1,000 steps (2.5 epochs)." in text
     assert "6.4 s, 3.56% of the 180.0 s of training" in text
     assert f"Warning: {window.warnings[0]}" in text
