@@ -81,6 +81,7 @@ def announcement(
     rebuilt = "" if means.keep_graphs else ", rebuilt for every product"
     stiff = f"{config.top} stiff" + (f", {config.interior} interior" if config.interior else "")
     withheld = optimizer.withheld or sampling.withheld
+    shuffled = sampling.scheme == "without_replacement" and not sampling.withheld
     lines = (
         f"{survey.trained.space.dimension:,} weights; {stiff} and {config.flat} near-flat directions from "
         f"2 x {count} training batches ({count * samples} samples find them, as many certify).",
@@ -92,7 +93,8 @@ def announcement(
         *_ways(survey),
         _pace(survey, schedule, accumulation, foretold.windows),
         f"Optimizer: {optimizer.describe()}.",
-        f"Loader: {sampling.describe()}.",
+        f"Loader: {sampling.describe()}."
+        + (" Over whole epochs that alone holds flat directions back." if shuffled else ""),
         f"Verdicts will be withheld: {withheld}." if withheld else "",
         repetition_note(sampling, count),
     )

@@ -117,8 +117,6 @@ class Sampling:
             line += f", {self.batches} batches an epoch"
         if self.accumulation > 1:
             line += f", {self.accumulation} of them a step"
-        if self.scheme == "without_replacement" and not self.withheld:
-            line += "; over whole epochs that alone holds flat directions back"
         return line
 
 

@@ -97,7 +97,7 @@ class SGDProbeCallback(TrainerCallback):
         config: every other knob; the arguments above win over it.
 
     Attributes:
-        results: the results of this training's windows.
+        results: the results of this training's windows; of more than a hundred, of the last hundred.
         flags: their flags, the directions that were found diffusing along a valley.
 
     Raises:

@@ -47,6 +47,7 @@ from sgd_probe.integrations.lightning_compat import (
 from sgd_probe.integrations.session import (
     LONG_PAUSE,
     MIN_STEPS_AT_END,
+    keep,
     named_vectors,
     observe_steps,
     one_line,
@@ -127,7 +128,8 @@ class SGDProbe(Callback):
         config: every other knob; the arguments above win over it.
 
     Attributes:
-        results: the results of this fit's windows.
+        results: the results of this fit's windows; of more than a hundred, of the last hundred. The run
+            folder has them all.
 
     Raises:
         MisconfigurationException: an argument is out of range; the message names it.
@@ -499,7 +501,7 @@ class SGDProbe(Callback):
         if closed is None:
             return
         result, vectors = closed
-        self.results.append(result)
+        keep(self.results, result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._say(trainer, one_line(result))
         # Where weights are divided, this process has a part of every direction, and nobody the whole.

@@ -155,7 +155,7 @@ class LoopProbe:
 
     @property
     def results(self) -> list[WindowResult]:
-        """The results of the windows that have closed."""
+        """The results of the windows that have closed; of more than a hundred, of the last hundred."""
         return self._session.results
 
     @property

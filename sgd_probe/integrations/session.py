@@ -35,6 +35,8 @@ _P = ParamSpec("_P")
 MIN_STEPS_AT_END = 40
 #: Pauses longer than this many seconds are announced.
 LONG_PAUSE = 5.0
+#: Results of so many windows stay in memory, the last ones; the run folder has them all.
+RESULTS_KEPT = 100
 #: Weights coarser than this have no second derivatives worth the name.
 _COARSE = (torch.float16, torch.bfloat16)
 
@@ -281,7 +283,7 @@ class ProbeSession:
         if closed is None:
             return
         result, vectors = closed
-        self.results.append(result)
+        keep(self.results, result)
         if len(self.results) == 1 or result.cost.open_seconds > LONG_PAUSE:
             self._say(one_line(result))
         self.flagging.take(result, vectors)
@@ -364,6 +366,12 @@ def with_overrides(config: ProbeConfig | None, **given: Any) -> ProbeConfig:
         raise ValueError(f"expected `config` to be a ProbeConfig, found {config!r}: write ProbeConfig(...)")
     wins = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(config or ProbeConfig(), **wins)
+
+
+def keep(results: list[WindowResult], result: WindowResult) -> None:
+    """Add one to the results that stay in memory."""
+    results.append(result)
+    del results[:-RESULTS_KEPT]
 
 
 def observe_steps(optimizer: torch.optim.Optimizer, observe: Callable[[], None]) -> RemovableHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sgd_probe.result import WindowResult
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 FIGURE_SHARE = 0.002
 #: Seconds between two sets at the least.
 MIN_SECONDS = 60.0
+#: Of a run with more windows, the last ones are drawn.
+RESULTS_DRAWN = 100
 #: Keys of the panels; a figure that is not in this list is logged all the same.
 FIGURES = (
     "spectrum",
@@ -46,8 +49,8 @@ class WandbFigures:
         self._run = run
         self._pace = Pace(MIN_SECONDS, FIGURE_SHARE, clock)
         self._name = ""
-        self._results: list[WindowResult] = []
-        self._shown = 0  # windows when the last set was drawn
+        self._results: deque[WindowResult] = deque(maxlen=RESULTS_DRAWN)
+        self._shown: WindowResult | None = None  # the last window of the last set
         self._defined: set[str] = set()
 
     def start(self, run: RunInfo) -> None:
@@ -62,19 +65,18 @@ class WandbFigures:
 
     def finish(self) -> None:
         """Log those of the last window, if they are not there yet."""
-        if len(self._results) > self._shown:
+        if self._results and self._results[-1] is not self._shown:
             self._show()
 
     def _show(self) -> None:
         from sgd_probe.report.figures import all_figures
 
-        values = {
-            figure_key(figure.name, self._name): _panel(figure) for figure in all_figures(self._results)
-        }
+        figures = all_figures(list(self._results))
+        values = {figure_key(figure.name, self._name): _panel(figure) for figure in figures}
         self._run.define(values.keys() - self._defined)
         self._defined |= values.keys()
         self._run.log(values, self._results[-1])
-        self._shown = len(self._results)
+        self._shown = self._results[-1]
 
 
 def figure_key(figure: str, name: str = "sgd_probe") -> str:
