@@ -318,7 +318,7 @@ def main() -> None:
     found["budget"] = {}
     budget(0.5, 5)  # what a process does for the first time is no part of a run of a minute
     for share in (0.05,) if options.quick else (0.02, 0.05, 0.10):
-        result = budget(share, round(22 / share))
+        result = budget(share, round((22 if options.quick else 40) / share))
         found["budget"][f"{share:.2f}"] = result
         print(
             f"budget {share:.0%}: the probe took {result['measured']:.1%}, {result['windows']} windows",
