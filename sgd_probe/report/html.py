@@ -29,6 +29,10 @@ from sgd_probe.result import ModeKind, ModeResult, WindowResult
 _LAYERS_SHOWN = 2
 
 
+#: While the training runs its page shows so many windows, the last ones, and takes no more memory for that.
+RUNNING_WINDOWS = 100
+
+
 def write_report(run_folder: Path, path: Path | None = None, *, running: bool = False) -> Path:
     """Write the page of a run folder, whole or not at all.
 
@@ -54,13 +58,13 @@ def build_report(run_folder: Path, *, running: bool = False) -> str:
 
     Args:
         run_folder: the folder that holds ``run.json`` and ``windows.jsonl``.
-        running: the training goes on, and the page says so.
+        running: the training goes on, and the page says so; of more than a hundred windows it shows the last.
 
     Raises:
         FileNotFoundError: there is no run folder or no ``run.json`` in it.
         ValueError: a file is of another schema or not what the probe writes.
     """
-    run = read_run_folder(run_folder)
+    run = read_run_folder(run_folder, RUNNING_WINDOWS if running else None)
     last = run.windows[-1] if run.windows else None
     figures = all_figures(run.windows) if last else ()
     sections = [_notes(run)]

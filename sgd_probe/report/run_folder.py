@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +40,14 @@ class RunFolder:
     unreadable: tuple[int, ...] = ()
 
 
-def read_run_folder(folder: Path) -> RunFolder:
+def read_run_folder(folder: Path, last: int | None = None) -> RunFolder:
     """Read ``run.json`` and ``windows.jsonl``; the latter may be absent or broken off.
 
     A line that is no JSON object is what a killed process leaves behind: it is counted, not fatal.
+
+    Args:
+        folder: of the run.
+        last: lines of the windows' file to read, from its end; all by default.
 
     Raises:
         FileNotFoundError: there is no such folder, or it holds no ``run.json``.
@@ -54,7 +59,7 @@ def read_run_folder(folder: Path) -> RunFolder:
             f"pass the folder that holds {RUN_FILE}"
         )
     info = _read_info(folder / RUN_FILE)
-    windows, unreadable = _read_windows(folder / WINDOWS_FILE)
+    windows, unreadable = _read_windows(folder / WINDOWS_FILE, last)
     return RunFolder(folder=folder.resolve().name, **info, windows=windows, unreadable=unreadable)
 
 
@@ -85,11 +90,14 @@ def _read_info(path: Path) -> dict[str, Any]:
     }
 
 
-def _read_windows(path: Path) -> tuple[tuple[WindowResult, ...], tuple[int, ...]]:
+def _read_windows(path: Path, last: int | None) -> tuple[tuple[WindowResult, ...], tuple[int, ...]]:
     windows: list[WindowResult] = []
     unreadable: list[int] = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for line_number, line in enumerate(lines, start=1):
+    lines: deque[tuple[int, bytes]] = deque(maxlen=last)
+    if path.is_file():
+        with path.open("rb") as file:
+            lines.extend(enumerate(file, start=1))
+    for line_number, line in lines:
         if not line.strip():
             continue
         data = _parse(line)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.fabric.utilities.exceptions
 import lightning_fabric.utilities.exceptions
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sgd_probe import ProbeConfig, SGDProbe, Verdict
 from sgd_probe.dynamics.statistics import Draw, WindowStatistics
+from sgd_probe.integrations.session import RESULTS_KEPT, keep
 from tests.integrations.harness import PACKAGES, RecordingDataset, fit, loader, mlp
 
 
@@ -31,6 +32,13 @@ def quick_probe(**options: Any) -> SGDProbe:
 
 def data(**options: Any) -> DataLoader[Any]:
     return loader(RecordingDataset((6,)), **options)
+
+
+def test_memory_holds_the_results_of_the_last_windows() -> None:
+    kept: list[Any] = []
+    for index in range(3 * RESULTS_KEPT):
+        keep(kept, cast(Any, index))
+    assert kept == list(range(2 * RESULTS_KEPT, 3 * RESULTS_KEPT))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sgd_probe.report.run_folder import read_run_folder
 from sgd_probe.result import WindowResult
 from sgd_probe.sinks import (
     FolderSink,
@@ -51,6 +52,20 @@ def test_round_trip(tmp_path: Path, run_info: RunInfo, window: MakeWindow, vecto
     for name, vector in vectors.items():
         assert loaded[name].dtype == np.float32
         np.testing.assert_array_equal(loaded[name], vector)
+
+
+def test_the_last_windows_alone(tmp_path: Path, run_info: RunInfo, window: MakeWindow) -> None:
+    """What the page of a running training reads: its memory does not grow with the run."""
+    sink = FolderSink(tmp_path)
+    sink.start(run_info)
+    for index in range(5):
+        sink.write(window(index=index), {})
+    with (tmp_path / folder.WINDOWS_FILE).open("a") as file:
+        file.write("{torn\n")
+    run = read_run_folder(tmp_path, last=3)
+    assert [result.index for result in run.windows] == [3, 4]
+    assert run.unreadable == (6,)
+    assert len(read_run_folder(tmp_path).windows) == 5
 
 
 def test_every_line_is_strict_json(
