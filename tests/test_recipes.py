@@ -81,4 +81,4 @@ def test_the_script_compares_the_recipe_with_what_it_claims_to() -> None:
     scored = {"last weights", "average of the last 50%", "average of the last 25%", "recipe"}
     assert scored < summary.keys()
     assert all(0 < summary[name]["loss"] < 3 for name in scored)
-    assert "seed 0: 2 windows" in done.stdout
+    assert "seed 0: 1 windows" in done.stdout

@@ -249,16 +249,16 @@ def windows_ahead(config: ProbeConfig, steps: float, seconds: float, window_seco
         return math.inf
     length = SHORTEST_WINDOW if config.window == "auto" else config.window
     period = config.every_n_steps or length
-    most = max(math.floor((steps - _whole(config)) / period) + 1, int(steps >= MIN_WINDOW))
+    most = max(math.floor((steps - _worthwhile(config)) / period) + 1, int(steps >= MIN_WINDOW))
     if config.every_n_steps is not None:
         return most
     affordable = math.floor(config.max_overhead * seconds / window_seconds) if window_seconds > 0 else most
     return min(max(affordable, int(window_seconds <= config.grace_seconds)), most)
 
 
-def _whole(config: ProbeConfig) -> int:
-    """Steps that a window needs so as not to be cut short."""
-    return MIN_WINDOW if config.window == "auto" else config.window
+def _worthwhile(config: ProbeConfig) -> int:
+    """Steps that a window needs so as not to be cut short by much: three quarters of its length."""
+    return MIN_WINDOW if config.window == "auto" else max(3 * config.window // 4, MIN_WINDOW)
 
 
 class Schedule:
@@ -309,7 +309,7 @@ class Schedule:
         opening = step + lead
         # The end of the run may cut the first window short: it is all that there will be. A later one would
         # only stand in front of windows that are whole.
-        least = _whole(self._config) if self.opened else MIN_WINDOW
+        least = _worthwhile(self._config) if self.opened else MIN_WINDOW
         if opening < self.next_step or self.steps_left(opening) < least:
             return False
         if self._config.every_n_steps is not None:

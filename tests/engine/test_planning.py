@@ -271,7 +271,7 @@ def test_a_postponed_window_waits() -> None:
     assert schedule.opened == 0
 
 
-@pytest.mark.parametrize(("opened", "left", "due"), [(0, 60, True), (1, 199, False), (1, 200, True)])
+@pytest.mark.parametrize(("opened", "left", "due"), [(0, 60, True), (1, 149, False), (1, 150, True)])
 def test_the_end_of_the_run_cuts_no_window_but_the_first(opened: int, left: int, due: bool) -> None:
     schedule = Schedule(ProbeConfig(every_n_steps=400, window=200), 0, 1_000)
     schedule.opened = opened
@@ -290,6 +290,6 @@ def test_the_number_of_windows_that_is_announced() -> None:
     # The first may be cut short by the end of the run, a later one is not opened for that.
     assert windows_ahead(fixed, 130, 1.0, 1e9) == 1
     assert windows_ahead(fixed, 530, 1.0, 1e9) == 1
-    assert windows_ahead(fixed, 600, 1.0, 1e9) == 2
+    assert windows_ahead(fixed, 550, 1.0, 1e9) == 2
     assert windows_ahead(budgeted, 450, 1.0, 4.0) == 1
     assert windows_ahead(budgeted, 450, 1.0, 50.0) == 0
