@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgd_probe.curvature.quick import QuickSecondDerivatives
+from tests.helpers.kernels import Calls
 
 SHAPES = [(7, 4), (3, 2, 6), (5, 3, 2, 2), (2, 3, 2, 1, 3)]
 
@@ -88,20 +88,6 @@ def test_a_network_has_the_same_loss_gradient_product_and_buffers(dimensions: in
     assert torch.equal(*gradients)
     assert torch.equal(*buffers)
     torch.testing.assert_close(products[1], products[0], rtol=1e-4, atol=1e-5)
-
-
-class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts kernels that read whole activations."""
-
-    size, count = 0, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = [arg for arg in args if isinstance(arg, Tensor) and arg.numel() == self.size]
-        aliases = any(
-            value.alias_info and not value.alias_info.is_write for value in function._schema.returns
-        )
-        self.count += bool(read) and not aliases
-        return function(*args, **(kwargs or {}))
 
 
 def test_it_takes_seven_passes_over_the_activations() -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgd_probe.curvature.quick import QuickSecondDerivatives
+from tests.helpers.kernels import Calls
 
 SHAPES = [((4, 5), (5,)), ((2, 3, 4), (4,)), ((2, 3, 4), (3, 4)), ((7,), (7,))]
 
@@ -94,20 +93,6 @@ def test_a_network_has_the_same_loss_gradient_and_product() -> None:
     assert torch.equal(*losses)
     assert torch.equal(*gradients)
     torch.testing.assert_close(products[1], products[0], rtol=1e-4, atol=1e-5)
-
-
-class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts kernels that read whole activations."""
-
-    size, count = 0, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = [arg for arg in args if isinstance(arg, Tensor) and arg.numel() == self.size]
-        aliases = any(
-            value.alias_info and not value.alias_info.is_write for value in function._schema.returns
-        )
-        self.count += bool(read) and not aliases
-        return function(*args, **(kwargs or {}))
 
 
 def test_it_takes_little_more_than_half_of_the_passes() -> None:
