@@ -41,13 +41,8 @@ def inner(rows: Tensor, vector: Tensor, reduce: Reduce = whole) -> Tensor:
     Returns:
         float64, shape (k,).
     """
-    length = _chunk(vector)
-    if len(vector) <= length:
-        return reduce((rows @ vector).double())
-    total = torch.zeros(len(rows), dtype=torch.float64, device=vector.device)
-    for piece, part in zip(torch.split(rows, length, dim=1), torch.split(vector, length), strict=True):
-        total += piece @ part
-    return reduce(total)
+    pieces = zip(rows.split(_chunk(vector), dim=1), vector.split(_chunk(vector)), strict=True)
+    return reduce(torch.stack([piece @ part for piece, part in pieces]).sum(dim=0, dtype=torch.float64))
 
 
 def dot(one: Tensor, other: Tensor, reduce: Reduce = whole) -> float:
