@@ -41,7 +41,8 @@ def inner(rows: Tensor, vector: Tensor, reduce: Reduce = whole) -> Tensor:
     Returns:
         float64, shape (k,).
     """
-    pieces = zip(rows.split(_chunk(vector), dim=1), vector.split(_chunk(vector)), strict=True)
+    length = _chunk(vector)
+    pieces = zip(torch.split(rows, length, dim=1), torch.split(vector, length), strict=True)
     return reduce(torch.stack([piece @ part for piece, part in pieces]).sum(dim=0, dtype=torch.float64))
 
 
