@@ -287,6 +287,8 @@ class HessianOperator:
 
 def _mean(pieces: Sequence[CurvatureBatch], value: Callable[[CurvatureBatch], Tensor]) -> Tensor:
     """Mean over samples of what is a mean over the samples of each piece; every value is ours to change."""
+    if len(pieces) == 1:
+        return value(pieces[0])
     samples = sum(piece.samples for piece in pieces)
     total = value(pieces[0]).mul_(pieces[0].samples / samples)
     for piece in pieces[1:]:

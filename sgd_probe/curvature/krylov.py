@@ -52,13 +52,13 @@ class KrylovBasis:
         block, row = self._place(index)
         return self._blocks[block][row]
 
-    def append(self, vector: Tensor) -> None:
-        """Add a vector; the caller has made it orthonormal to the others."""
+    def append(self, vector: Tensor, length: float = 1.0) -> None:
+        """Add a vector of some length, as a unit vector; the caller has made it orthogonal to the others."""
         if self._count == self.rows_held:
             rows = BLOCK_ROWS if self._blocks else self._first
             self._blocks.append(self.like.new_empty((rows, self._size)))
         self._count += 1
-        self[self._count - 1].copy_(vector)
+        torch.div(vector, length, out=self[self._count - 1])
 
     def bring_forward(self, position: int, chosen: Sequence[int]) -> list[int]:
         """Exchange vectors so that the chosen ones, ascending, begin at a position at or before them.
@@ -100,10 +100,10 @@ class KrylovBasis:
             coefficients: shape (len(self), new count), orthonormal columns.
         """
         keep = coefficients.shape[1]
-        turn = coefficients.T.to(self.like)
+        turns = torch.split(coefficients.T.to(self.like), [len(rows) for rows in self._rows()], dim=1)
         for start in range(0, self._size, _CHUNK_COLUMNS):
             columns = slice(start, start + _CHUNK_COLUMNS)
-            turned = turn @ torch.cat([rows[:, columns] for rows in self._rows()])
+            turned = _combination(turns, [rows[:, columns] for rows in self._rows()])
             for start_row, rows in zip(self._starts(), self._blocks, strict=True):
                 part = turned[start_row : start_row + len(rows)]
                 rows[: len(part), columns] = part
@@ -173,6 +173,14 @@ class KrylovBasis:
         return [
             rows[: self._count - start] for start, rows in zip(self._starts(), self._blocks, strict=False)
         ]
+
+
+def _combination(turns: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Sum of the products of coefficients with rows, block by block."""
+    total = turns[0] @ parts[0]
+    for turn, rows in zip(turns[1:], parts[1:], strict=True):
+        total.addmm_(turn, rows)
+    return total
 
 
 def measure_pass(like: Tensor, size: int) -> float:

@@ -163,8 +163,9 @@ def lanczos(
             if len(state.basis) >= max_vectors:
                 state.restart()
                 restarts += 1
-            state.basis.append(following)
+            state.basis.append(following, state.length)
         del following
+    state.resolve()
     basis.rotate(state.vectors)
     vectors = basis.matrix(stop=count)
     residuals = state.errors / state.values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
@@ -199,6 +200,8 @@ class _Search:
     values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     vectors: Tensor = field(default_factory=lambda: torch.zeros((0, 0), dtype=torch.float64))
     errors: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    length: float = 1.0  # of the vector that comes next
+    coupling: float = 0.0  # of that vector with the space
     scale: float = 0.0
     chain: int = 0  # products since the space was last left
     looked: bool = False  # the complement of an invariant space has been looked into
@@ -211,7 +214,7 @@ class _Search:
         return len(self.basis) == self.dimension
 
     def extend(self) -> Tensor:
-        """Apply the operator to the last vector; returns the next one, and renews the Ritz pairs."""
+        """Apply the operator to the last vector; returns the next one, of some length."""
         following = self.operator.matvec(self.basis[len(self.basis) - 1])
         column = self.basis.orthogonalise(following, recurrence=self.coupled_to_last_two)
         self.chain += 1
@@ -221,32 +224,34 @@ class _Search:
         grown[:-1, :-1] = self.projected
         grown[:, -1] = grown[-1, :] = column
         self.projected = grown
-        coupling = norm(following, reduce)
-        self.scale = max(self.scale, float(column.abs().max()), coupling)
+        self.length = self.coupling = norm(following, reduce)
+        self.scale = max(self.scale, float(column.abs().max()), self.coupling)
         # An invariant space has zero residuals whatever it misses: look into its complement first. All of
         # that is known when a random vector of it turns out to be an eigenvector.
         self.looked = self.chain > self.count + _EXTRA_PAIRS
         negligible = max(10 * torch.finfo(self.like.dtype).eps, 1e-3 * self.tolerance)
-        if coupling > negligible * self.scale and not self.exhausted:
-            following /= coupling
-        else:
+        if self.coupling <= negligible * self.scale or self.exhausted:
             # Go on in the complement, uncoupled from the space so far.
             self.looked = self.chain == 1
-            coupling, self.chain = 0.0, 0
+            self.coupling, self.chain = 0.0, 0
             if not self.exhausted:
                 following = random_unit(self.operator.size, self.like, self.generator, reduce)
                 self.basis.orthogonalise(following)
-                following /= norm(following, reduce)
+                self.length = norm(following, reduce)
+        return following
+
+    def resolve(self) -> None:
+        """Renew the Ritz pairs."""
         values, vectors = torch.linalg.eigh(self.projected)
         order = values.abs().argsort(descending=True)
         self.values, self.vectors = values[order], vectors[:, order]
-        self.errors = (coupling * self.vectors[-1]).abs()
-        return following
+        self.errors = (self.coupling * self.vectors[-1]).abs()
 
     def settled(self) -> bool:
         """Small residuals, values that stand still, and no other pair that could overtake: twice."""
-        if len(self.values) < self.count + _EXTRA_PAIRS:
+        if len(self.basis) < self.count + _EXTRA_PAIRS:
             return False
+        self.resolve()
         magnitudes = self.values.abs()
         wanted, others = magnitudes[: self.count], magnitudes[self.count :]
         bound = self.tolerance * magnitudes[0]
