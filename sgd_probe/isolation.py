@@ -252,6 +252,9 @@ class _Capture:
             self._restores.append(lambda: np.copyto(array, saved))
 
     def _dict(self, mapping: dict[Any, Any]) -> None:
+        if not mapping:  # as most of a module's hooks are
+            self._restores.append(lambda: mapping.clear() if mapping else None)
+            return
         saved = list(mapping.items())
 
         def restore() -> None:
