@@ -126,6 +126,13 @@ class AliasedLoss:
             _check_precision(loss, self._dtype)
         return Evaluation(loss, aliases, places)
 
+    def value_of_own(self, batch: CurvatureBatch) -> float:
+        """The loss where the module holds its own weights, as the training meets it."""
+        seed_all(batch.seed)
+        places = _places(self.module, self._buffers())
+        with rehearsed(self.module), self._standing_in(places):
+            return float(self._loss(self.module, batch.thaw(self._dtype), batch.index).detach())
+
     def differentiate(
         self,
         evaluation: Evaluation,
@@ -241,12 +248,17 @@ def checked(loss: object) -> Tensor:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
+        raise CurvatureError(
+            f"expected a scalar loss from the training step, found {found}: return one, or give a loss_fn"
+        )
     if not math.isfinite(float(loss.detach())):
-        raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
+        raise CurvatureError(
+            f"expected a finite loss, found {float(loss.detach())}: look at this batch and at these weights"
+        )
     if not loss.requires_grad:
         raise CurvatureError(
-            "expected a loss that depends on the probed parameters, found one that needs no gradient"
+            "expected a loss that depends on the probed parameters, found one that needs no gradient: choose "
+            "parameters that it is a function of with `params`, and compute it without detach and no_grad"
         )
     return loss.reshape(())
 
