@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgd_probe.curvature.by_hand import by_autograd, is_covered
+from sgd_probe.curvature.by_hand import by_autograd, check_gradients, is_covered
 
 _CUBE = 0.044715  # of GELU's approximation by tanh
 
@@ -36,10 +36,10 @@ class _Activation:
     curvature: Callable[[Tensor], Tensor]
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """``torch.nn.functional.gelu``."""
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """``torch.nn.functional.gelu``, whose argument people also give by its name."""
     known = _GELU.get(approximate)
-    return _activate(x, known) if known and is_covered(x) else F.gelu(x, approximate=approximate)
+    return _activate(input, known) if known and is_covered(input) else F.gelu(input, approximate=approximate)
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -73,6 +73,7 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        check_gradients(gradient)
         if ctx.slope.value is not None and not torch.is_grad_enabled():
             return gradient * ctx.slope.value, None
         first: Any = _First.apply
@@ -94,6 +95,7 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
+        check_gradients(u)
         gradient, x = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *by_autograd(ctx.activation.value, (x,), gradient, (u,)), None, None

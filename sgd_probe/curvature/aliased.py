@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sgd_probe.curvature.batches import CurvatureBatch, cast_tensor
+from sgd_probe.curvature.by_hand import NotByHandError
 from sgd_probe.curvature.memory import is_out_of_memory
 from sgd_probe.curvature.quick import QuickSecondDerivatives
 from sgd_probe.curvature.space import ParameterSpace
@@ -75,6 +76,7 @@ class AliasedLoss:
         self._loss = loss
         self._dtype = dtype
         self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
+        self._layers: Callable[[], AbstractContextManager[object]] = QuickSecondDerivatives
 
     def evaluate(
         self, space: ParameterSpace, batch: CurvatureBatch, shift: Sequence[Tensor] | None = None
@@ -90,31 +92,46 @@ class AliasedLoss:
             CurvatureError: the loss is not a finite scalar, does not depend on the parameters, or falls
                 back on a lower precision than the one asked for.
         """
-        known = -1
-        while known != len(self._written):
+        settled = False
+        while not settled:
             known = len(self._written)
-            aliases = [self._alias(parameter) for parameter in space.parameters]
+            values = [self._value(parameter) for parameter in space.parameters]
             if shift is not None:
-                aliases = [alias + part for alias, part in zip(aliases, shift, strict=True)]
-            own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
-            replaced = {
-                own[name]: alias.requires_grad_() for name, alias in zip(space.names, aliases, strict=True)
+                values = [value + part for value, part in zip(values, shift, strict=True)]
+            own = dict(self.module.named_parameters(remove_duplicate=False))
+            replaced: dict[Tensor, Tensor] = {
+                own[name]: _alias(value, own[name]) for name, value in zip(space.names, values, strict=True)
             }
+            aliases = list(replaced.values())
             # Buffers, and weights that are written to, change on clones: a graph would see them change.
             for parameter in self.module.parameters():
                 if parameter not in replaced and (self._dtype is not None or parameter in self._written):
-                    replaced[parameter] = self._alias(parameter).requires_grad_(parameter.requires_grad)
-            replaced |= {buffer: self._copy(buffer.detach()) for buffer in self.module.buffers()}
+                    replaced[parameter] = _alias(self._value(parameter), parameter)
+            replaced |= self._buffers()
             places = _places(self.module, replaced)
             step = partial(self._loss, self.module, batch.thaw(self._dtype), batch.index)
             seed_all(batch.seed)
-            with rehearsed(self.module) as written, self._one_precision(), _standing_in(places):
-                found = step()
+            try:
+                with rehearsed(self.module) as written, self._one_precision(), self._standing_in(places):
+                    found = step()
+            except NotByHandError:
+                self._layers = nullcontext
+                continue
             self._written |= written
+            settled = known == len(self._written)
+        for alias in aliases:
+            alias.requires_grad_()  # a step that freezes layers itself has left them out of its graph
         loss = checked(found)
         if self._dtype is not None:
             _check_precision(loss, self._dtype)
         return Evaluation(loss, aliases, places)
+
+    def value_of_own(self, batch: CurvatureBatch) -> float:
+        """The loss where the module holds its own weights, as the training meets it."""
+        seed_all(batch.seed)
+        places = _places(self.module, self._buffers())
+        with rehearsed(self.module), self._standing_in(places):
+            return float(self._loss(self.module, batch.thaw(self._dtype), batch.index).detach())
 
     def differentiate(
         self,
@@ -134,7 +151,7 @@ class AliasedLoss:
             torch.autograd.grad, outputs, evaluation.aliases, vectors, allow_unused=True, **options
         )
         try:
-            with self._one_precision(), _standing_in(evaluation.places):
+            with self._one_precision(), self._standing_in(evaluation.places):
                 return work()
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -146,16 +163,40 @@ class AliasedLoss:
                 "loss_fn"
             ) from error
 
+    @contextmanager
+    def _standing_in(self, places: Sequence[_Place]) -> Iterator[None]:
+        """The aliases stand in the module's place, and layers have their quick second derivatives."""
+        before = [holder[name] for holder, name, _ in places]
+        try:
+            for holder, name, tensor in places:
+                holder[name] = tensor
+            with self._layers():
+                yield
+        finally:
+            for (holder, name, _), own in zip(places, before, strict=True):
+                holder[name] = own
+
     def _one_precision(self) -> AbstractContextManager[object]:
         """Keep a copy in float64 in float64."""
         return _DoubleThroughout() if self._dtype is torch.float64 else nullcontext()
 
-    def _alias(self, parameter: nn.Parameter) -> Tensor:
-        alias = parameter.detach()
-        return self._copy(alias) if self._dtype is not None or parameter in self._written else alias
+    def _value(self, parameter: nn.Parameter) -> Tensor:
+        value = parameter.detach()
+        return self._copy(value) if self._dtype is not None or parameter in self._written else value
+
+    def _buffers(self) -> dict[Tensor, Tensor]:
+        return {buffer: self._copy(buffer.detach()) for buffer in self.module.buffers()}
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return cast_tensor(tensor.clone(), self._dtype)
+
+
+def _alias(value: Tensor, own: nn.Parameter) -> Tensor:
+    """A leaf with a value that looks like a parameter: users' code asks for its class and its attributes."""
+    plain = type(value) is Tensor
+    alias: Tensor = Tensor._make_subclass(type(own), value) if plain else nn.Parameter(value)
+    vars(alias).update(vars(own))
+    return alias.requires_grad_(own.requires_grad)
 
 
 def _places(module: nn.Module, replaced: Mapping[Tensor, Tensor]) -> list[_Place]:
@@ -167,20 +208,6 @@ def _places(module: nn.Module, replaced: Mapping[Tensor, Tensor]) -> list[_Place
         for name, tensor in holder.items()
         if tensor is not None and tensor in replaced
     ]
-
-
-@contextmanager
-def _standing_in(places: Sequence[_Place]) -> Iterator[None]:
-    """The aliases stand in the module's place, and layers have their quick second derivatives."""
-    before = [holder[name] for holder, name, _ in places]
-    try:
-        for holder, name, tensor in places:
-            holder[name] = tensor
-        with QuickSecondDerivatives():
-            yield
-    finally:
-        for (holder, name, _), own in zip(places, before, strict=True):
-            holder[name] = own
 
 
 class _DoubleThroughout(TorchFunctionMode):
@@ -221,12 +248,17 @@ def checked(loss: object) -> Tensor:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise CurvatureError(f"expected a scalar loss from the training step, found {found}")
+        raise CurvatureError(
+            f"expected a scalar loss from the training step, found {found}: return one, or give a loss_fn"
+        )
     if not math.isfinite(float(loss.detach())):
-        raise CurvatureError(f"expected a finite loss, found {float(loss.detach())}")
+        raise CurvatureError(
+            f"expected a finite loss, found {float(loss.detach())}: look at this batch and at these weights"
+        )
     if not loss.requires_grad:
         raise CurvatureError(
-            "expected a loss that depends on the probed parameters, found one that needs no gradient"
+            "expected a loss that depends on the probed parameters, found one that needs no gradient: choose "
+            "parameters that it is a function of with `params`, and compute it without detach and no_grad"
         )
     return loss.reshape(())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgd_probe.curvature.by_hand import by_autograd, is_covered
+from sgd_probe.curvature.by_hand import by_autograd, check_gradients, is_covered
 
 _derivatives = torch.ops.aten.native_batch_norm_backward.default
 
@@ -71,6 +71,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        check_gradients(gradient)
         x, weight, bias, mean, deviation = ctx.saved_tensors
         first: Any = _First.apply
         # What the statistics owe to the input is in the formulas. (Not marked as without derivative: autograd
@@ -114,6 +115,7 @@ class _First(torch.autograd.Function):
         weight, ``by_input = w r (g - S(g) / n - y S(gy) / n)``, ``by_weight = S(gy)``, ``by_bias = S(g)``.
         The input enters through y and r, ``dr = -r^2 y dx / n``.
         """
+        check_gradients(u, along_weight, along_bias)
         g, x, weight, bias, mean, r, sum_gy, sum_g = ctx.saved_tensors
         if torch.is_grad_enabled():
 

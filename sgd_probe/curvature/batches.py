@@ -46,7 +46,8 @@ def clone(value: Any, dtype: torch.dtype | None = None) -> Any:
         dtype: precision of floating-point data in the copy; None keeps it.
     """
     if isinstance(value, Tensor):
-        return cast_tensor(value.detach().clone(), dtype)
+        # Of inputs that need a gradient (those of a differential equation), the loss will ask for it.
+        return cast_tensor(value.detach().clone(), dtype).requires_grad_(value.requires_grad)
     if isinstance(value, np.ndarray):
         return value.astype(np.float64 if dtype is torch.float64 and value.dtype.kind == "f" else value.dtype)
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -6,12 +6,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+class NotByHandError(Exception):
+    """A loss takes a derivative that a form by hand does not have: autograd's own layers are needed."""
 
 
 def is_covered(*tensors: Tensor | None) -> bool:
     """Ordinary tensors of one precision, float32 or float64, whose graph is nobody else's.
 
-    Subclasses keep rules of their own, and what torch.func has wrapped knows no function of ours. What a
+    Subclasses keep rules of their own, and the transforms of torch know no function of ours. What a
     checkpoint computes again, in a backward pass and wherever that runs, must meet the same functions there.
     """
     given = [tensor for tensor in tensors if tensor is not None]
@@ -19,8 +24,27 @@ def is_covered(*tensors: Tensor | None) -> bool:
         all(type(tensor) in (Tensor, nn.Parameter) for tensor in given)
         and len({tensor.dtype for tensor in given}) == 1
         and given[0].dtype in (torch.float32, torch.float64)
-        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
+        and not _is_transformed(*given)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
+
+
+def check_gradients(*gradients: Tensor | None) -> None:
+    """Ask of what arrives in a backward pass whether it can be taken by hand.
+
+    Raises:
+        NotByHandError: the loss takes many gradients at once (``is_grads_batched``, vmap), or a derivative
+            forward. There a function of ours would fail, or lose its graph without a word.
+    """
+    if _is_transformed(*(gradient for gradient in gradients if gradient is not None)):
+        raise NotByHandError
+
+
+def _is_transformed(*tensors: Tensor) -> bool:
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
     )
 
 

@@ -49,6 +49,7 @@ class FiniteDifferenceOperator(HessianOperator):
 
     Attributes:
         disagreement: the largest such difference so far.
+        rounding: the largest length of a product so far that may be rounding.
 
     Raises:
         CurvatureError: in :meth:`matvec`, where the two products do not agree, and what
@@ -84,6 +85,7 @@ class FiniteDifferenceOperator(HessianOperator):
         self.relative_step = relative_step or precision ** (1 / 2 if double else 1 / 3)
         self.tolerance = tolerance or (1e-4 if double else 1e-2)
         self.disagreement = 0.0
+        self.rounding = 0.0
 
     def slope(self, batch: CurvatureBatch, vector: Tensor) -> tuple[float, float]:
         """Central difference of the loss itself along a vector, and the part of it that may be rounding.
@@ -91,13 +93,13 @@ class FiniteDifferenceOperator(HessianOperator):
         Kinks disturb it in proportion to the step, rounding in inverse proportion: the step is between.
         (At 6e-6 of the weights it was 1% off on a ResNet-20 with ReLU.)
         """
-        step = self._step(vector, torch.finfo(self.space.dtype).eps ** 0.45)
+        step = self.step(vector, torch.finfo(self.space.dtype).eps ** 0.45)
         ahead, behind = (self._value(batch, sign * step * vector) for sign in (1.0, -1.0))
         return (ahead - behind) / (2 * step), self._rounding(abs(ahead), step)
 
     def _product(self, piece: CurvatureBatch, vector: Tensor) -> Tensor:
         """The product at the first step that agrees with the one before."""
-        reduce, whole_step = self.space.reduce, self._step(vector, 1.0)
+        reduce, whole_step = self.space.reduce, self.step(vector, 1.0)
         coarse, _ = self._difference(piece, vector, whole_step * self.relative_step)
         for attempt in range(1, _STEPS):
             step = whole_step * self.relative_step * _RATIO**attempt
@@ -105,6 +107,7 @@ class FiniteDifferenceOperator(HessianOperator):
             apart = norm(coarse - fine, reduce) / max(norm(fine, reduce), rounding / self.tolerance)
             if apart <= self.tolerance:
                 self.disagreement = max(self.disagreement, apart)
+                self.rounding = max(self.rounding, rounding)
                 return fine
             coarse = fine
         raise CurvatureError(
@@ -125,7 +128,7 @@ class FiniteDifferenceOperator(HessianOperator):
         """What rounding leaves of a difference of two such values, over the step; a generous guess."""
         return 100 * torch.finfo(self.space.dtype).eps * value / step
 
-    def _step(self, vector: Tensor, relative: float) -> float:
+    def step(self, vector: Tensor, relative: float) -> float:
         """Length of a step in units of the vector; weights that are all zero count as one long."""
         scaling = self.space.scaling
         change = norm(vector if scaling is None else vector * scaling, self.space.reduce)

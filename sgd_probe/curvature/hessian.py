@@ -113,6 +113,7 @@ class HessianOperator:
         self.products = 0
         self.module = module
         self.loss = loss
+        self._dtype = dtype
         self._aliased = AliasedLoss(module, loss, dtype)
         self._retain = retain_graph
         # Graphs are of pieces. To the outside there are batches only: theirs is the noise of the training.
@@ -213,6 +214,16 @@ class HessianOperator:
         evaluation = self._aliased.evaluate(self.space, piece, parts)
         self._check_reach(evaluation.loss)
         return evaluation
+
+    def losses_on_aliases_and_weights(self) -> tuple[float, float] | None:
+        """The loss of the first piece twice: on aliases, and where the module holds its own weights.
+
+        None where the work is done on copies in another precision.
+        """
+        if self._dtype is not None:
+            return None
+        piece = self._pieces[0][0]
+        return self._value(piece), self._aliased.value_of_own(piece)
 
     @property
     def parts_of_batch(self) -> int:

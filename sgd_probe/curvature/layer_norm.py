@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgd_probe.curvature.by_hand import by_autograd, is_covered
+from sgd_probe.curvature.by_hand import by_autograd, check_gradients, is_covered
 
 _derivatives = torch.ops.aten.native_layer_norm_backward.default
 
@@ -61,6 +61,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        check_gradients(gradient)
         x, weight, bias, mean, r = ctx.saved_tensors
         first: Any = _First.apply
         # What the statistics owe to the input is in the formulas.
@@ -102,6 +103,7 @@ class _First(torch.autograd.Function):
 
         The input enters the first two terms through y and r, ``dr = -r^2 mean(y dx)``.
         """
+        check_gradients(u, along_weight, along_bias)
         g, x, weight, bias, mean, r = ctx.saved_tensors
         if torch.is_grad_enabled():
 

@@ -26,6 +26,9 @@ class QuickSecondDerivatives(TorchFunctionMode):
     Values and first derivatives are the same to the bit, second ones to rounding, and what a layer writes is
     written as ever. What is not covered (half precision, subclasses of tensors, a norm by fixed statistics)
     goes the ordinary way.
+
+    Raises:
+        NotByHandError: in a backward pass of the loss itself, which needs the ordinary layers.
     """
 
     def __torch_function__(

@@ -21,20 +21,25 @@ SYMMETRY_TOLERANCE = 30.0
 DIFFERENCE_TOLERANCE = 1e-2
 #: A parameter's part of a product is compared relative to its own length, or to this share of the whole.
 _LEAST_SHARE = 0.1
+#: A gradient is compared with a slope relative to itself, or to what moving the weights by this share of their
+#: length makes of it: at a minimum (a copy of a model beside the model) it vanishes.
+_LEAST_MOVE = 1e-5
+#: Largest tolerated difference between two evaluations of one loss, relative, in units of eps.
+_REPEAT_TOLERANCE = 100.0
 
 _WRONG = (
     "some part of the loss has a wrong second derivative: a custom autograd function whose backward is "
-    "once_differentiable, leaves torch (numpy) or detaches; spectral_norm in training mode, which holds "
-    "fixed what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; "
+    "once_differentiable, leaves torch (numpy) or detaches; a gradient penalty through batch, layer or "
+    "instance normalisation; spectral_norm in training mode, which holds fixed what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; "
     "otherwise compute g * v / v.norm(dim=1, keepdim=True) in the forward pass). Use torch functions there, "
     "give a loss_fn, or choose other layers with `params`"
 )
 _NO_GRADIENT = (
     "the weights do not follow the slope of the loss, so there is no Hessian for them to move in. A part of "
     "it is held fixed or replaced in the backward pass: a target that is detached or computed under no_grad "
-    "from the same weights, a straight-through estimator, checkpointing with use_reentrant=True (use False). "
-    "Give a loss_fn whose target comes from a copy of the weights, or choose with `params` layers that the "
-    "target does not depend on"
+    "from the same weights, layers that the training step freezes itself, a straight-through estimator, "
+    "checkpointing with use_reentrant=True (use False). Give a loss_fn whose target comes from a copy of the "
+    "weights, or choose with `params` layers that the target does not depend on"
 )
 
 
@@ -43,7 +48,8 @@ def self_test(operator: HessianOperator, generator: torch.Generator) -> str:
 
     The independent way is a finite difference of the gradient, on copies of weights, buffers and one
     curvature batch in float64. There, the double backward has to agree with it, and the gradient with
-    a difference of the loss. Random numbers are the same at every evaluation.
+    a difference of the loss. Random numbers are the same at every evaluation. Besides, the loss has to
+    be the same on aliases of the weights and on the weights themselves.
 
     Where processes hold a part of every weight each there is no copy in float64: then the gradient has to
     agree with a difference of the loss along it, in the precision of the weights.
@@ -52,10 +58,10 @@ def self_test(operator: HessianOperator, generator: torch.Generator) -> str:
     loss may have none, or a wrong one. What has to agree is the gradient with a difference of the loss;
     the products in float64 are the differences of that gradient, where they settle.
 
-    It costs two products of the operator and one more of its first batch, and in float64, on that batch,
-    one gradient with a product, four gradients (eight where kinks are in the way) and two evaluations of
-    the loss; the memory of one graph and of about ten vectors of weights, in float64. Call it inside
-    :func:`sgd_probe.isolation.isolated`.
+    It costs two losses of one piece, two products of the operator and one more of its first batch, and in
+    float64, on that batch, one gradient with a product, four gradients (eight where kinks are in the way)
+    and two evaluations of the loss; the memory of one graph and of about ten vectors of weights, in float64.
+    Call it inside :func:`sgd_probe.isolation.isolated`.
 
     Args:
         operator: of the live loss.
@@ -71,6 +77,7 @@ def self_test(operator: HessianOperator, generator: torch.Generator) -> str:
     symmetry = check_symmetry(operator, generator)
     if isinstance(operator, ShardedDifferenceOperator):
         return f"passed: {symmetry}; {_compare_in_place(operator)}"
+    _check_aliases(operator)
     try:
         found = _compare(operator, generator)
     except Exception as error:  # whatever a model does in a precision that it was not written for
@@ -92,6 +99,24 @@ def self_test(operator: HessianOperator, generator: torch.Generator) -> str:
     if found.rounding > DIFFERENCE_TOLERANCE:
         line += " (it draws other random numbers there, or its rounding is that coarse)"
     return line
+
+
+def _check_aliases(operator: HessianOperator) -> None:
+    """Refuse a loss that is another one on aliases of the weights, unless no two evaluations agree."""
+    first = operator.losses_on_aliases_and_weights()
+    if first is None or _repeats(operator, *first):
+        return
+    second = operator.losses_on_aliases_and_weights()
+    if second is not None and _repeats(operator, first[0], second[0]):
+        raise WrongHessianError(
+            f"expected the same loss on the weights and on aliases of them, found {first[1]:.6g} and "
+            f"{first[0]:.6g}: the training step asks which object a parameter is (a set or a dictionary of "
+            "parameters, `is`, `id`). Let it go by names or attributes of parameters, or give a loss_fn"
+        )
+
+
+def _repeats(operator: HessianOperator, one: float, other: float) -> bool:
+    return abs(one - other) <= _REPEAT_TOLERANCE * torch.finfo(operator.space.dtype).eps * abs(one)
 
 
 def _check_gradient(gap: float) -> None:
@@ -183,10 +208,11 @@ def _compare(operator: HessianOperator, generator: torch.Generator) -> _Comparis
             product = exact.matvec(direction)
     slope, rounding = differences.slope(batch, direction)
     apart = abs(slope - dot(gradient, direction)) - rounding
-    gaps = _gaps(space, product, expected)
+    moved = differences.step(direction, _LEAST_MOVE) * norm(expected)
+    gaps = _gaps(space, product, expected, differences.rounding)
     where = max(gaps, key=gaps.__getitem__)
     return _Comparison(
-        gradient=_ratio(max(apart, 0.0), norm(gradient) / math.sqrt(operator.size)),
+        gradient=_ratio(max(apart, 0.0), max(norm(gradient) / math.sqrt(operator.size), moved)),
         product=gaps[where],
         where=where,
         rounding=_ratio(norm(own.double() - product), norm(product)),
@@ -214,9 +240,12 @@ def _held_still(operator: HessianOperator) -> Tensor:
     return held
 
 
-def _gaps(space: ParameterSpace, found: Tensor, expected: Tensor) -> dict[str, float]:
-    """Difference of two products at each parameter, relative as :data:`_LEAST_SHARE` says."""
-    least = _LEAST_SHARE * norm(expected)
+def _gaps(space: ParameterSpace, found: Tensor, expected: Tensor, rounding: float) -> dict[str, float]:
+    """Difference of two products at each parameter, relative as :data:`_LEAST_SHARE` says.
+
+    What may be rounding is within the tolerance: of a loss that is nearly linear, a difference is little else.
+    """
+    least = max(_LEAST_SHARE * norm(expected), rounding / DIFFERENCE_TOLERANCE)
     return {
         name: _ratio(norm(found[where] - expected[where]), max(norm(expected[where]), least))
         for name, where in zip(space.names, space.slices, strict=True)

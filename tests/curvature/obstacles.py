@@ -301,6 +301,57 @@ def distillation(module: nn.Module, batch: Any, index: int) -> Tensor:
     )
 
 
+class Penalised(nn.Module):
+    """A critic whose slope by its inputs shall be one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(6, 8), layer, nn.Tanh(), nn.Linear(8, 1))
+
+
+def gradient_penalty(module: nn.Module, batch: Any, index: int) -> Tensor:
+    inputs = batch[0].requires_grad_()
+    value = cast(Penalised, module).critic(inputs)
+    (slope,) = torch.autograd.grad(value.sum(), inputs, create_graph=True)
+    return cast(Tensor, value.mean() + (slope.norm(dim=1) - 1).square().mean())
+
+
+def distance_from_itself(module: nn.Module, batch: Any, index: int) -> Tensor:
+    """Both the loss and its gradient vanish where the teacher is a copy."""
+    said = cast(Teacher, module).teacher(batch[0]).log_softmax(1)
+    return F.kl_div(module(batch[0]).log_softmax(1), said, log_target=True, reduction="batchmean")
+
+
+def copied() -> nn.Module:
+    module = Teacher()
+    module.teacher.load_state_dict({k: v for k, v in module.state_dict().items() if "teacher" not in k})
+    return module
+
+
+def nearly_linear(module: nn.Module, batch: Any, index: int) -> Tensor:
+    slope = torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
+    return 100 * slope + 1e-7 * cross_entropy(module, batch, index)
+
+
+class Sorted(SoftTarget):
+    """Decays the weights that are not in a set of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = {self.first.weight}
+
+
+def sorted_decay(module: nn.Module, batch: Any, index: int) -> Tensor:
+    free = cast(Sorted, module).free
+    decay = torch.stack([p.square().sum() for p in module.parameters() if p not in free]).sum()
+    return cross_entropy(module, batch, index) + 1e-2 * decay
+
+
+def frozen_in_the_step(module: nn.Module, batch: Any, index: int) -> Tensor:
+    cast(SoftTarget, module).first.requires_grad_(False)
+    return cross_entropy(module, batch, index)
+
+
 def label_smoothing(module: nn.Module, batch: Any, index: int) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.1)
 

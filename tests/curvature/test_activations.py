@@ -120,6 +120,14 @@ def test_all_else_goes_the_ordinary_way(activation: Activation, make: Callable[[
     assert "Activate" not in type(ours.grad_fn).__name__
 
 
+@BY_NAME
+def test_the_input_given_by_its_name(activation: Activation) -> None:
+    x = torch.randn(6)
+    with QuickSecondDerivatives():
+        named = activation(input=x)  # type: ignore[call-arg]
+    assert torch.equal(named, activation(x))
+
+
 def test_in_place_stays_in_place() -> None:
     with QuickSecondDerivatives():
         x = torch.randn(6)

@@ -169,10 +169,12 @@ def test_an_object_keeps_its_shape() -> None:
     assert twin.me is twin
 
 
-def test_nothing_but_values_is_cloned() -> None:
+def test_no_graph_is_cloned() -> None:
     leaf = torch.ones(3, requires_grad=True)
-    twin = clone({"x": leaf * 2})
-    assert not twin["x"].requires_grad and twin["x"].grad_fn is None
+    twin = clone({"x": leaf * 2, "y": torch.ones(3)})
+    assert twin["x"].grad_fn is None
+    # A loss that differentiates by its inputs goes on doing so.
+    assert twin["x"].requires_grad and not twin["y"].requires_grad
 
 
 def test_packed_sequences() -> None:

@@ -8,8 +8,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from sgd_probe.curvature.by_hand import NotByHandError
 from sgd_probe.curvature.quick import QuickSecondDerivatives
 
 LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -58,6 +60,44 @@ def test_under_the_transforms_of_torch_func(layer: Callable[..., Tensor]) -> Non
     with QuickSecondDerivatives():
         ours = each(w, x)
     torch.testing.assert_close(ours, each(w, x))
+
+
+@BY_NAME
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda call, x: torch.func.vmap(lambda scale: scale * call(x))(torch.ones(2, dtype=x.dtype)),
+        lambda call, x: forward_derivative(call, x),
+    ],
+    ids=["of other things", "forward"],
+)
+def test_within_transforms_of_other_tensors(
+    layer: Callable[..., Tensor], make: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+) -> None:
+    x, w, b = torch.randn(4, 3), torch.randn(3), torch.randn(3)
+    ordinary = make(lambda x: layer(x, w, b), x)
+    with QuickSecondDerivatives():
+        assert torch.equal(make(lambda x: layer(x, w, b), x), ordinary)
+
+
+def forward_derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))  # type: ignore[no-untyped-call]
+        tangent: Tensor = forward_ad.unpack_dual(call(dual)).tangent  # type: ignore[no-untyped-call]
+    return tangent
+
+
+@BY_NAME
+@pytest.mark.parametrize("twice", [False, True])
+def test_many_gradients_at_once_are_for_autograd(layer: Callable[..., Tensor], twice: bool) -> None:
+    """A function of ours would lose its graph there, without a word."""
+    x, w, b = torch.randn(4, 3).requires_grad_(), torch.randn(3), torch.randn(3)
+    with QuickSecondDerivatives(), pytest.raises(NotByHandError):
+        outputs = layer(x, w, b).sum(0)
+        if twice:
+            (slope,) = torch.autograd.grad(outputs.sin().sum(), x, create_graph=True)
+            outputs = slope.sum(0)
+        torch.autograd.grad(outputs, x, torch.eye(3), is_grads_batched=True, create_graph=True)
 
 
 def test_under_checkpoints_that_compute_again() -> None:

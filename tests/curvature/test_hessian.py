@@ -243,6 +243,108 @@ def test_a_step_that_edits_weights_counts_and_draws_gives_one_and_the_same_hessi
     assert torch.equal(module.noise.get_state(), before.noise.get_state())
 
 
+class Jacobian(nn.Module):
+    """A loss of all derivatives of its outputs by its inputs, taken at once."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 4), layer, nn.Linear(4, 3))
+
+
+def by_inputs(module: nn.Module, batch: Any, index: int) -> Tensor:
+    inputs = batch[0] if batch[0].requires_grad else batch[0].requires_grad_()
+    outputs = cast(Jacobian, module).layers(inputs).sum(0)
+    (slopes,) = torch.autograd.grad(
+        outputs, inputs, torch.eye(3, dtype=outputs.dtype), is_grads_batched=True, create_graph=True
+    )
+    return cast(Tensor, slopes.square().sum(2).sqrt().mean())
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()], ids=str)
+def test_a_loss_that_takes_many_gradients_at_once(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    module, batches = Jacobian(layer).double(), freeze(contents())
+    expected = dense_hessian(module, by_inputs, batches, ParameterSpace.of(module).names)
+    torch.testing.assert_close(probe(module, by_inputs, batches), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_inputs_that_need_a_gradient_keep_needing_it() -> None:
+    def slope(module: nn.Module, batch: Any, index: int) -> Tensor:
+        outputs = cast(Tensor, module(batch[0]))
+        (slope,) = torch.autograd.grad(outputs.sin().sum(), batch[0], create_graph=True)
+        return cast(Tensor, slope.square().mean())
+
+    module, pieces = build("mlp"), contents()
+    given = freeze([(inputs.requires_grad_(), labels) for inputs, labels in pieces])
+
+    def needing(module: nn.Module, batch: Any, index: int) -> Tensor:
+        return slope(module, (batch[0].requires_grad_(), batch[1]), index)
+
+    expected = dense_hessian(module, needing, freeze(contents()), ParameterSpace.of(module).names)
+    torch.testing.assert_close(probe(module, slope, given), expected, rtol=1e-9, atol=1e-11)
+
+
+class Gain(nn.Parameter):
+    """A parameter of a user's own kind."""
+
+
+class Marked(nn.Module):
+    """What people ask of parameters beside their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gain = Gain(torch.tensor(1.5))
+        self.gain.slack = 0.3  # type: ignore[attr-defined]
+        self.last.weight.no_decay = True  # type: ignore[attr-defined]
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        self.again.weight = self.first.weight  # tied once more at every step
+        assert isinstance(self.gain, Gain)
+        gain = self.gain + self.gain.slack  # type: ignore[attr-defined]
+        decay = [
+            parameter.square().sum()
+            for parameter in self.parameters()
+            if isinstance(parameter, nn.Parameter) and not getattr(parameter, "no_decay", False)
+        ]
+        logits = self.last(gain * self.again(self.first(batch[0]).tanh()).tanh())
+        return F.cross_entropy(logits, batch[1]) + 0.1 * torch.stack(decay).sum()
+
+
+def marked_step(module: nn.Module, batch: Any, index: int) -> Tensor:
+    return cast(Marked, module).training_step(batch, index)
+
+
+def test_aliases_are_parameters_of_the_same_class_with_the_same_attributes() -> None:
+    torch.manual_seed(0)
+    module, batches = Marked().double(), freeze(contents())
+    (content,) = contents(sizes=(16,))
+    marked_step(module, content, 0)  # the training has tied them
+    space = ParameterSpace.of(module)
+
+    def loss(twin: nn.Module, batch: Any, index: int) -> Tensor:
+        for own, other in zip(module.parameters(), twin.parameters(), strict=True):
+            vars(other).update(vars(own))  # a deep copy forgets them
+        return marked_step(twin, batch, index)
+
+    expected = dense_hessian(module, loss, batches, space.names)
+    torch.testing.assert_close(probe(module, marked_step, batches), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_layers_that_the_step_freezes_have_no_curvature() -> None:
+    def loss(module: nn.Module, batch: Any, index: int) -> Tensor:
+        cast(nn.Sequential, module)[0].requires_grad_(False)
+        return cross_entropy(module, batch, index)
+
+    module, batches = build("mlp"), freeze(contents())
+    found = probe(module, loss, batches)
+    expected = dense_hessian(module, cross_entropy, batches, ["2.weight", "2.bias"])
+    last = len(expected)
+    torch.testing.assert_close(found[-last:, -last:], expected, rtol=1e-9, atol=1e-12)
+    assert not found[:-last].any() and not found[:, :-last].any()
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
 def dense_with_clones(module: Stepper, batches: list[CurvatureBatch]) -> Tensor:
     """The dense reference, after the edits of the weights that a step begins with."""
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,9 @@ ACCEPTED: dict[str, Case] = {
         ob.cross_entropy,
     ),
     "teacher": (ob.Teacher, ob.distillation),
+    "a copy of the teacher": (ob.copied, ob.distance_from_itself),
+    "gradient penalty": (lambda: ob.Penalised(nn.GELU()), ob.gradient_penalty),
+    "gradient penalty through group norm": (lambda: ob.Penalised(nn.GroupNorm(2, 8)), ob.gradient_penalty),
 }
 
 WRONG = "has a wrong second derivative"
@@ -100,6 +104,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], LossFunction, str]] = {
         ob.cross_entropy,
         "spectral_norm in training mode",
     ),
+    # The derivative of torch's own second derivative takes mean and deviation for constants.
+    "gradient penalty through layer norm": (
+        lambda: ob.Penalised(nn.LayerNorm(8)),
+        ob.gradient_penalty,
+        "penalty through batch, layer or instance",
+    ),
+    "gradient penalty through batch norm": (
+        lambda: ob.Penalised(nn.BatchNorm1d(8)),
+        ob.gradient_penalty,
+        "penalty through batch, layer or instance",
+    ),
+    "frozen in the step": (ob.SoftTarget, ob.frozen_in_the_step, "the training step freezes itself"),
+    "a set of parameters": (ob.Sorted, ob.sorted_decay, "same loss on the weights and on aliases"),
     "straight through": (lambda: ob.applied(ob.StraightThrough), ob.cross_entropy, FIXED),
     "embedding above its max_norm": (lambda: ob.Shortened(0.5), ob.cross_entropy, FIXED),
     "detached target": (ob.SoftTarget, ob.self_distillation, FIXED),
@@ -244,6 +261,12 @@ def test_a_linear_loss_passes() -> None:
     assert line.startswith("passed: the Hessian vanishes on random vectors")
 
 
+def test_a_loss_that_is_nearly_linear_passes() -> None:
+    """Of its curvature a difference of gradients has little but rounding."""
+    for seed in range(3):
+        assert ask(build(ob.SoftTarget), ob.nearly_linear, seed).startswith("passed: symmetric to")
+
+
 def test_weights_that_are_all_zero_pass() -> None:
     module = build(lambda: ob.mlp(nn.Tanh()))
     for parameter in module.parameters():
@@ -275,8 +298,15 @@ def test_costs_a_handful_of_evaluations() -> None:
         return ob.cross_entropy(module, batch, index)
 
     ask(build(lambda: ob.mlp(nn.Tanh())), counted)
-    assert calls.count(torch.float32) == 2  # the operator's own graphs
+    assert calls.count(torch.float32) == 2 + 2  # the operator's own graphs; a loss on aliases and weights
     assert calls.count(torch.float64) == 1 + 4 + 2
+
+
+def test_a_loss_that_no_two_evaluations_agree_on_is_no_sign_of_other_weights() -> None:
+    def unseeded(module: nn.Module, batch: Any, index: int) -> Tensor:
+        return ob.cross_entropy(module, batch, index) * np.random.default_rng().uniform(0.5, 1.5)
+
+    assert ask(build(lambda: ob.mlp(nn.Tanh())), unseeded).startswith("unverified: symmetric to")
 
 
 def test_symmetry_alone_misses_a_detached_part() -> None:
