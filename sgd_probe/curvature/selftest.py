@@ -21,8 +21,8 @@ SYMMETRY_TOLERANCE = 30.0
 DIFFERENCE_TOLERANCE = 1e-2
 #: A parameter's part of a product is compared relative to its own length, or to this share of the whole.
 _LEAST_SHARE = 0.1
-#: A gradient is compared with a slope relative to itself, or to what moving the weights by this share of their
-#: length makes of it: at a minimum (a copy of a model beside the model) it vanishes.
+#: A gradient is compared with a slope relative to itself, or to what moving the weights by this share of
+#: their length makes of it: at a minimum (a copy of a model beside the model) it vanishes.
 _LEAST_MOVE = 1e-5
 #: Largest tolerated difference between two evaluations of one loss, relative, in units of eps.
 _REPEAT_TOLERANCE = 100.0
@@ -30,7 +30,8 @@ _REPEAT_TOLERANCE = 100.0
 _WRONG = (
     "some part of the loss has a wrong second derivative: a custom autograd function whose backward is "
     "once_differentiable, leaves torch (numpy) or detaches; a gradient penalty through batch, layer or "
-    "instance normalisation; spectral_norm in training mode, which holds fixed what follows the weights; on the CPU, either weight_norm of torch.nn.utils (right with dim=None; "
+    "instance normalisation; spectral_norm in training mode, which holds fixed what follows the weights; "
+    "on the CPU, either weight_norm of torch.nn.utils (right with dim=None; "
     "otherwise compute g * v / v.norm(dim=1, keepdim=True) in the forward pass). Use torch functions there, "
     "give a loss_fn, or choose other layers with `params`"
 )
@@ -243,7 +244,8 @@ def _held_still(operator: HessianOperator) -> Tensor:
 def _gaps(space: ParameterSpace, found: Tensor, expected: Tensor, rounding: float) -> dict[str, float]:
     """Difference of two products at each parameter, relative as :data:`_LEAST_SHARE` says.
 
-    What may be rounding is within the tolerance: of a loss that is nearly linear, a difference is little else.
+    What may be rounding is within the tolerance: of a loss that is nearly linear, a difference is little
+    else.
     """
     least = max(_LEAST_SHARE * norm(expected), rounding / DIFFERENCE_TOLERANCE)
     return {

@@ -352,6 +352,75 @@ def frozen_in_the_step(module: nn.Module, batch: Any, index: int) -> Tensor:
     return cross_entropy(module, batch, index)
 
 
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.EmbeddingBag(11, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.last(self.table((x.abs() * 5).long() % 11).tanh()))
+
+
+class Padded(nn.Module):
+    """The row of padding is held still by a function, which no layer tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Parameter(torch.randn(11, 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.abs() * 5).long() % 11
+        return cast(Tensor, self.last(F.embedding(tokens, self.table, padding_idx=2).mean(1).tanh()))
+
+
+def distances(module: nn.Module, batch: Any, index: int) -> Tensor:
+    return torch.cdist(module(batch[0]), batch[0][:, :3]).square().mean()
+
+
+def ctc(module: nn.Module, batch: Any, index: int) -> Tensor:
+    rows = module(batch[0]).log_softmax(-1)[:, None]
+    return F.ctc_loss(rows, torch.tensor([[1, 2]]), torch.tensor([len(rows)]), torch.tensor([2]))
+
+
+class LowRank(nn.Module):
+    """Weights in a list and a dict, added to those of a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 3).requires_grad_(False)
+        self.factors = nn.ParameterList([torch.randn(2, 6), torch.randn(3, 2)])
+        self.scales = nn.ParameterDict({"gain": torch.tensor(1.5)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.scales["gain"] * self.factors[1] @ self.factors[0]
+        weights = {"weight": self.base.weight + change, "bias": self.base.bias}
+        return cast(Tensor, torch.func.functional_call(self.base, weights, (x,))).tanh()
+
+
+def learning_to_learn(module: nn.Module, batch: Any, index: int, order: int = 2) -> Tensor:
+    weights = dict(module.named_parameters())
+    loss = cross_entropy(module, batch, index)
+    slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=order == 2)
+    moved = {name: w - 0.3 * slope for (name, w), slope in zip(weights.items(), slopes, strict=True)}
+    logits = torch.func.functional_call(module, moved, (batch[0].roll(1, 0),))
+    return F.cross_entropy(logits, batch[1])
+
+
+class FixedPoint(nn.Module):
+    """Only the last of many steps has a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.last = nn.Parameter(0.2 * torch.randn(6, 6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = x
+            for _ in range(30):
+                z = torch.tanh(z @ self.weight + x)
+        return cast(Tensor, self.last(torch.tanh(z @ self.weight + x)))
+
+
 def label_smoothing(module: nn.Module, batch: Any, index: int) -> Tensor:
     return F.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.1)
 

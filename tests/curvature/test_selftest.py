@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantize
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
@@ -71,6 +73,31 @@ ACCEPTED: dict[str, Case] = {
         ob.cross_entropy,
     ),
     "teacher": (ob.Teacher, ob.distillation),
+    "batch norm without weights": (
+        lambda: ob.made(ob.image(nn.BatchNorm2d(4, affine=False), nn.ReLU(inplace=True))),
+        ob.cross_entropy,
+    ),
+    "batch norm without statistics": (
+        lambda: ob.made(ob.image(nn.BatchNorm2d(4, track_running_stats=False), nn.Tanh())),
+        ob.cross_entropy,
+    ),
+    "batch norm by all batches": (
+        lambda: ob.made(ob.image(nn.BatchNorm2d(4, momentum=None), nn.Tanh())),
+        ob.cross_entropy,
+    ),
+    "instance norm": (
+        lambda: ob.made(ob.image(nn.InstanceNorm2d(4, affine=True, track_running_stats=True))),
+        ob.cross_entropy,
+    ),
+    "rms norm": (lambda: ob.mlp(nn.Sequential(nn.RMSNorm(8), nn.Tanh())), ob.cross_entropy),
+    "prelu": (lambda: ob.mlp(nn.PReLU(8)), ob.cross_entropy),
+    "rrelu": (lambda: ob.mlp(nn.RReLU()), ob.cross_entropy),
+    "mish": (lambda: ob.mlp(nn.Mish()), ob.cross_entropy),
+    "hardswish": (lambda: ob.mlp(nn.Hardswish()), ob.cross_entropy),
+    "glu": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU(), nn.Linear(4, 3)), ob.cross_entropy),
+    "low rank": (ob.LowRank, ob.cross_entropy),
+    "scripted": (lambda: nn.Sequential(torch.jit.script(ob.mlp(nn.GELU()))), ob.cross_entropy),
+    "learning to learn": (lambda: ob.mlp(nn.SiLU()), ob.learning_to_learn),
     "a copy of the teacher": (ob.copied, ob.distance_from_itself),
     "gradient penalty": (lambda: ob.Penalised(nn.GELU()), ob.gradient_penalty),
     "gradient penalty through group norm": (lambda: ob.Penalised(nn.GroupNorm(2, 8)), ob.gradient_penalty),
@@ -114,6 +141,23 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], LossFunction, str]] = {
         lambda: ob.Penalised(nn.BatchNorm1d(8)),
         ob.gradient_penalty,
         "penalty through batch, layer or instance",
+    ),
+    "gradient penalty through instance norm": (
+        lambda: ob.Penalised(nn.Sequential(nn.Unflatten(1, (2, 4)), nn.InstanceNorm1d(2), nn.Flatten())),
+        ob.gradient_penalty,
+        "penalty through batch, layer or instance",
+    ),
+    "bags of embeddings": (ob.Bag, ob.cross_entropy, "cannot.*_embedding_bag_backward"),
+    "distances": (lambda: ob.mlp(nn.Tanh()), ob.distances, "cannot.*_cdist_backward"),
+    "ctc": (lambda: nn.Linear(6, 4), ob.ctc, "cannot.*_ctc_loss_backward"),
+    "hardsigmoid": (lambda: ob.mlp(nn.Hardsigmoid()), ob.cross_entropy, "cannot.*hardsigmoid_backward"),
+    "padding by a function": (ob.Padded, ob.cross_entropy, f"{FIXED}|{WRONG}"),
+    "first order": (lambda: ob.mlp(nn.SiLU()), partial(ob.learning_to_learn, order=1), f"{FIXED}|{WRONG}"),
+    "a fixed point by its last step": (ob.FixedPoint, ob.cross_entropy, FIXED),
+    "fake quantisation": (
+        lambda: ob.mlp(FakeQuantize(quant_min=0, quant_max=255)),  # type: ignore[no-untyped-call]
+        ob.cross_entropy,
+        FIXED,
     ),
     "frozen in the step": (ob.SoftTarget, ob.frozen_in_the_step, "the training step freezes itself"),
     "a set of parameters": (ob.Sorted, ob.sorted_decay, "same loss on the weights and on aliases"),
@@ -329,6 +373,23 @@ def test_of_finite_differences_double_backward_is_no_judge() -> None:
             line = self_test(operator, torch.Generator().manual_seed(0))
         assert line.startswith("passed: finite differences, symmetric to")
         assert line.endswith("the gradient is the slope of the loss")
+
+
+def test_finite_differences_serve_what_has_no_second_derivative() -> None:
+    cases: tuple[Case, ...] = (
+        (ob.Bag, ob.cross_entropy),
+        (lambda: ob.mlp(nn.Tanh()), ob.distances),
+        (lambda: nn.Linear(6, 4), ob.ctc),
+        (lambda: ob.mlp(nn.Hardsigmoid()), ob.cross_entropy),
+        (lambda: ob.Penalised(nn.LayerNorm(8)), ob.gradient_penalty),
+    )
+    for make, loss in cases:
+        module = build(make).double()
+        x, y = ob.content()
+        batches, space = freeze([(x.double(), y)]), ParameterSpace.of(module)
+        with isolated(module):
+            operator = FiniteDifferenceOperator(module, loss, batches, space)
+            assert self_test(operator, torch.Generator().manual_seed(0)).startswith("passed: finite")
 
 
 def test_of_finite_differences_the_gradient_must_be_a_slope() -> None:
