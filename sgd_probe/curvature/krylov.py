@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sgd_probe.curvature.aliased import CurvatureError
 from sgd_probe.curvature.linear_algebra import Reduce, inner, whole
 
 #: Rows of a block, but for the first.
@@ -86,12 +87,22 @@ class KrylovBasis:
 
         Returns:
             What was taken out: float64 on the CPU, shape (len(self),).
+
+        Raises:
+            CurvatureError: the vector is not finite, or its inner products overflow.
         """
         taken = torch.zeros(self._count, dtype=torch.float64)
         rows = self._rows()
         start = max(self._count - 2, 0) if recurrence else 0
         taken[start:] = _take_out(self._last(start) if recurrence else rows, vector, self.reduce)
-        return taken.add_(_take_out(rows, vector, self.reduce))
+        taken.add_(_take_out(rows, vector, self.reduce))
+        # Every inf and nan of the vector is in every inner product: no look at the vector itself is needed.
+        if not taken.isfinite().all():
+            raise CurvatureError(
+                "expected a finite product of the operator, found inf, nan or numbers too large for "
+                f"{str(vector.dtype).removeprefix('torch.')}: is the training diverging?"
+            )
+        return taken
 
     def rotate(self, coefficients: Tensor) -> None:
         """Replace the vectors by combinations of them, in place, and forget the rest.
