@@ -25,10 +25,11 @@ from sgd_probe.curvature.linear_algebra import Reduce, dimension, norm, orthogon
 
 #: Pairs kept in sight beyond those that were asked for.
 _EXTRA_PAIRS = 2
-#: Values stand still to this share of the tolerance. On the dense Hessians of small networks and on spectra
-#: like those of networks, about 1 in 1,000 searches at tolerances of 1e-2 and 1e-3 then stops on a wrong set;
-#: with 0.1 it is up to 8 in 100 at 1e-2, for two products less.
-_STILL = 0.01
+#: Values stand still to the tolerance to this power, and to no more than this share of |lambda_1|. On the
+#: dense Hessians of small networks and on spectra like those of networks, 1 or 2 in 1,000 searches at
+#: tolerances of 1e-2 and 1e-3 then stop on a wrong set; without the second, up to 8 in 100 at 1e-2.
+_STILL = 1.5
+_MOST_STILL = 1e-4
 #: How many residuals a value may still move. By theory one; two cost few products more.
 _REACH = 2.0
 #: Fewest vectors beside the watched pairs that a restart can work with.
@@ -263,7 +264,8 @@ class _Search:
         small = bool((self.errors[: self.count] <= bound).all())
         reach = others + _REACH * self.errors[self.count :]
         ahead = bool((reach <= wanted[-1] + bound).all())
-        still = max(_STILL * self.tolerance, 10 * torch.finfo(self.like.dtype).eps) * magnitudes[0]
+        rounding = 10 * torch.finfo(self.like.dtype).eps
+        still = max(min(self.tolerance**_STILL, _MOST_STILL), rounding) * magnitudes[0]
         stable = self.previous is not None and bool(((wanted - self.previous).abs() <= still).all())
         self.previous = wanted
         self.still = self.still + 1 if self.looked and small and stable else 0
