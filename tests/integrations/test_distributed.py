@@ -21,6 +21,7 @@ from sgd_probe import SGDProbe
 from sgd_probe.curvature.batches import CurvatureBatch
 from sgd_probe.curvature.krylov import KrylovBasis
 from sgd_probe.integrations import lightning
+from tests.helpers.probing import is_probing
 from tests.helpers.processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -45,9 +46,7 @@ class Classifier(pl.LightningModule):
         inputs, targets = batch
         loss = F.cross_entropy(self.net(inputs), targets)
         self.log("loss", loss, sync_dist=True)
-        # In the probe the weights are aliases.
-        probing = not isinstance(self.net[0].weight, nn.Parameter)
-        if probing and self.fails in ("memory", "loss") and self.trainer.global_step >= LATE:
+        if is_probing() and self.fails in ("memory", "loss") and self.trainer.global_step >= LATE:
             raise torch.OutOfMemoryError("no room") if self.fails == "memory" else KeyError("odd batch")
         return loss
 
