@@ -74,7 +74,7 @@ class AliasedLoss:
     def __init__(self, module: nn.Module, loss: LossFunction, dtype: torch.dtype | None = None) -> None:
         self.module = module
         self._loss = loss
-        self._dtype = dtype
+        self.dtype = dtype
         self._written: set[nn.Parameter] = set()  # those that the training step itself writes to
         self._layers: Callable[[], AbstractContextManager[object]] = QuickSecondDerivatives
 
@@ -105,11 +105,11 @@ class AliasedLoss:
             aliases = list(replaced.values())
             # Buffers, and weights that are written to, change on clones: a graph would see them change.
             for parameter in self.module.parameters():
-                if parameter not in replaced and (self._dtype is not None or parameter in self._written):
+                if parameter not in replaced and (self.dtype is not None or parameter in self._written):
                     replaced[parameter] = _alias(self._value(parameter), parameter)
             replaced |= self._buffers()
             places = _places(self.module, replaced)
-            step = partial(self._loss, self.module, batch.thaw(self._dtype), batch.index)
+            step = partial(self._loss, self.module, batch.thaw(self.dtype), batch.index)
             seed_all(batch.seed)
             try:
                 with rehearsed(self.module) as written, self._one_precision(), self._standing_in(places):
@@ -122,8 +122,8 @@ class AliasedLoss:
         for alias in aliases:
             alias.requires_grad_()  # a step that freezes layers itself has left them out of its graph
         loss = checked(found)
-        if self._dtype is not None:
-            _check_precision(loss, self._dtype)
+        if self.dtype is not None:
+            _check_precision(loss, self.dtype)
         return Evaluation(loss, aliases, places)
 
     def value_of_own(self, batch: CurvatureBatch) -> float:
@@ -131,7 +131,7 @@ class AliasedLoss:
         seed_all(batch.seed)
         places = _places(self.module, self._buffers())
         with rehearsed(self.module), self._standing_in(places):
-            return float(self._loss(self.module, batch.thaw(self._dtype), batch.index).detach())
+            return float(self._loss(self.module, batch.thaw(self.dtype), batch.index).detach())
 
     def differentiate(
         self,
@@ -178,17 +178,17 @@ class AliasedLoss:
 
     def _one_precision(self) -> AbstractContextManager[object]:
         """Keep a copy in float64 in float64."""
-        return _DoubleThroughout() if self._dtype is torch.float64 else nullcontext()
+        return _DoubleThroughout() if self.dtype is torch.float64 else nullcontext()
 
     def _value(self, parameter: nn.Parameter) -> Tensor:
         value = parameter.detach()
-        return self._copy(value) if self._dtype is not None or parameter in self._written else value
+        return self._copy(value) if self.dtype is not None or parameter in self._written else value
 
     def _buffers(self) -> dict[Tensor, Tensor]:
         return {buffer: self._copy(buffer.detach()) for buffer in self.module.buffers()}
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        return cast_tensor(tensor.clone(), self._dtype)
+        return cast_tensor(tensor.clone(), self.dtype)
 
 
 def _alias(value: Tensor, own: nn.Parameter) -> Tensor:

@@ -113,7 +113,6 @@ class HessianOperator:
         self.products = 0
         self.module = module
         self.loss = loss
-        self._dtype = dtype
         self._aliased = AliasedLoss(module, loss, dtype)
         self._retain = retain_graph
         # Graphs are of pieces. To the outside there are batches only: theirs is the noise of the training.
@@ -220,7 +219,7 @@ class HessianOperator:
 
         None where the work is done on copies in another precision.
         """
-        if self._dtype is not None:
+        if self._aliased.dtype is not None:
             return None
         piece = self._pieces[0][0]
         return self._value(piece), self._aliased.value_of_own(piece)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,3 +21,15 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         self.count += bool(read) and not aliases
         return function(*args, **(kwargs or {}))
+
+
+def passes_of_a_product(value: Tensor, x: Tensor, weight: Tensor) -> int:
+    """Passes over the activations x that the second derivative of a layer's value takes, in one direction."""
+    upstream = torch.randn_like(value).requires_grad_()
+    (first,) = torch.autograd.grad(value, x, upstream, create_graph=True)
+    direction = torch.randn_like(first)
+    with Calls() as calls:  # type: ignore[no-untyped-call]
+        calls.size = x.numel()
+        torch.autograd.grad(first, (x, weight, upstream), direction)
+    count: int = calls.count
+    return count
